@@ -1,0 +1,103 @@
+"""How MemLong configures a vLLM 0.32.0 engine, and what it refuses to run with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from memlong_vllm.config import MemoryConfig, bank_slots, resolve
+
+logger = init_logger(__name__)
+
+SCHEDULER = "memlong_vllm.scheduler.scheduler.MemLongScheduler"
+# The operations of memlong_vllm.retrieval_attention; that module cannot be imported so early.
+OPERATIONS = ("vllm::memlong_store", "vllm::memlong_scale_query", "vllm::memlong_retrieve")
+
+
+class MemLongEngineConfig(VerifyAndUpdateConfig):
+    """vLLM calls this once, in the front-end process, before it resolves platform and executor."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Raises:
+        ValueError: naming a setting that cannot be served, and what to do instead.
+        """
+        memory, _ = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+        for unsupported, message in _refusals(vllm_config):
+            if unsupported:
+                raise ValueError(f"MemLong does not support {message}")
+        _check_retriever(memory, vllm_config.model_config.model)
+        bank_slots(vllm_config)
+        _warn(vllm_config, memory)
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        vllm_config.scheduler_config.async_scheduling = False
+        if current_platform.is_cuda_alike():
+            _split_graphs(vllm_config)
+
+
+def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    """(is it so, what it is) of everything vLLM would accept silently and serve wrongly."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    scheduler = vllm_config.scheduler_config
+    return [
+        (model.runner_type != "generate", f"runner {model.runner_type!r}: it generates text only"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: use --tensor-parallel-size"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (parallel.use_ubatching, "dual batch overlap: remove --enable-dbo"),
+        (vllm_config.lora_config is not None, "LoRA at run time: merge the adapter when converting"),
+        (vllm_config.speculative_config is not None, "speculative decoding: remove --speculative-config"),
+        (vllm_config.kv_transfer_config is not None, "KV connectors: remove --kv-transfer-config"),
+        (vllm_config.ec_transfer_config is not None, "encoder cache connectors: remove --ec-transfer-config"),
+        (
+            cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
+            f"kv_cache_dtype {cache.cache_dtype!r}: use 'auto'",
+        ),
+        (model.enable_prompt_embeds, "prompt embeddings, which have no text to retrieve with"),
+        (model.disable_sliding_window, "--disable-sliding-window: the local window is part of the model"),
+        (model.skip_tokenizer_init, "--skip-tokenizer-init: chunks are retrieved by their text"),
+        (scheduler.scheduler_cls is not None, f"another scheduler ({scheduler.scheduler_cls}): it brings its own"),
+        (parallel.worker_cls != "auto", f"another worker class ({parallel.worker_cls})"),
+        (
+            cache.enable_prefix_caching,
+            "prefix caching: tokens found in it never reach the memory. Remove --enable-prefix-caching",
+        ),
+        (bool(scheduler.async_scheduling), "asynchronous scheduling: remove --async-scheduling"),
+    ]
+
+
+def _check_retriever(memory: MemoryConfig, checkpoint: str) -> None:
+    """A retriever given as a path must exist; hub names are tried when the engine starts."""
+    model = memory.retriever.model
+    looks_local = model.startswith(("/", "./", "../", "~"))
+    if looks_local and not Path(model).is_dir() and not (Path(checkpoint) / model).is_dir():
+        raise ValueError(
+            f"memlong.retriever.model = {model!r}: no such folder, here or in {checkpoint}. "
+            "Set retriever_path in --additional-config '{\"memlong\": {…}}'"
+        )
+
+
+def _warn(vllm_config: VllmConfig, memory: MemoryConfig) -> None:
+    trained = vllm_config.model_config.hf_config.backbone_max_position_embeddings
+    if trained is not None and memory.local_window > trained:
+        logger.warning(
+            "memlong.local_window = %d exceeds the %d tokens the backbone was trained on: expect poor text beyond them",
+            memory.local_window,
+            trained,
+        )
+
+
+def _split_graphs(vllm_config: VllmConfig) -> None:
+    """On CUDA, keep attention and the memory's operations out of captured graphs.
+
+    Setting ``splitting_ops`` drops vLLM's defaults, so they are listed as well.
+    """
+    compilation = vllm_config.compilation_config
+    attention = [*compilation._attention_ops, "vllm::unified_kv_cache_update"]
+    compilation.splitting_ops = list(dict.fromkeys([*(compilation.splitting_ops or attention), *OPERATIONS]))
+    compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -1,0 +1,216 @@
+"""``memlong-vllm convert``: a MemLong checkpoint from any local Llama-architecture model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PreTrainedConfig
+
+from memlong_vllm.config import ARCHITECTURE, MemLongConfig, MemoryConfigError
+from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+
+SHIPPED_CODE = ("configuration_memlong.py", "modeling_memlong.py", "retrieval.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_memlong.MemLongConfig",
+    "AutoModelForCausalLM": f"modeling_memlong.{ARCHITECTURE}",
+}
+# Position-dependent frequencies: a key would have to be rotated anew as its sequence grows.
+UNSUPPORTED_ROPE = ("dynamic", "longrope")
+
+
+class ConversionError(ValueError):
+    """The base model cannot become a MemLong checkpoint. The message says why and what to do."""
+
+
+def preset(name: str, num_layers: int, trained_length: int) -> dict[str, Any]:
+    """A ``memlong`` block for a backbone of any depth.
+
+    Args:
+        name: ``"paper"`` (memory layer 13th of 26, 1-based), ``"released"`` (the authors' script,
+            one layer above it) or ``"small"`` (short windows, for backbones of up to ~1B).
+        trained_length: tokens the backbone was trained on.
+    """
+    window = min(2048, trained_length)
+    memory_layer = max(0, min(num_layers - 1, (num_layers * 12) // 26 + (name != "paper")))
+    first = memory_layer if name == "released" else memory_layer + 1
+    # Every fourth layer, counted from the last one down, as 13, 17, 21, 25 are of 26.
+    layers = [layer for layer in range(num_layers - 1, -1, -4) if layer >= min(first, num_layers - 1)]
+    block = {
+        "memory_layer": memory_layer,
+        "retrieval_layers": sorted(layers),
+        "chunk_size": 128,
+        "top_k": 8,
+        "memory_size": 32768,
+        "local_window": window // 128 * 128,
+        "retrieval_stride": 128,
+        "query_tokens": 128,
+        "query_scope": "preceding",
+        "fusion": "joint" if name == "released" else "gated",
+        "memory_softmax": "all",
+        "retriever": {"model": "BAAI/bge-m3", "pooling": "cls", "max_length": 512, "query_instruction": None},
+    }
+    if name == "small":
+        block["local_window"] = min(1024, window) // 128 * 128
+    return block
+
+
+def apply_settings(block: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """``block`` with dotted keys such as ``retriever.model`` set. Validation comes later."""
+    result = json.loads(json.dumps(block))
+    for key, value in settings.items():
+        target = result
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[leaf] = value
+    return result
+
+
+def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: int | None) -> MemLongConfig:
+    """The configuration of the converted checkpoint, validated.
+
+    Args:
+        max_length: how far sequences may reach; by default memory and window together, or what
+            the backbone was trained on if that is more.
+
+    Raises:
+        ConversionError, MemoryConfigError: if the backbone or the block cannot be used.
+    """
+    if not isinstance(base, LlamaConfig):
+        raise ConversionError(
+            f"model_type {base.model_type!r} is not of the Llama architecture; supported is model_type 'llama'"
+        )
+    rope_type = (base.rope_parameters or {}).get("rope_type", "default")
+    if rope_type in UNSUPPORTED_ROPE:
+        raise ConversionError(f"RoPE scaling {rope_type!r} rotates keys anew as a sequence grows; it cannot be stored")
+    trained = base.max_position_embeddings
+    reach = max_length or max(trained, block["memory_size"] + block["local_window"])
+    values = base.to_dict() | {
+        "memlong": block,
+        "max_position_embeddings": reach,
+        "backbone_max_position_embeddings": trained,
+        "architectures": [ARCHITECTURE],
+        "auto_map": AUTO_MAP,
+    }
+    for name in ("model_type", "transformers_version", "quantization_config", "_name_or_path"):
+        values.pop(name, None)
+    config = MemLongConfig(**values)
+    config.memlong = config.memory.to_dict()
+    return config
+
+
+def load_base(base: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """Model and tokenizer of a safetensors folder or a GGUF file (dequantised)."""
+    if not base.exists():
+        raise ConversionError(f"{base}: no such folder or file; the base model must be on this machine")
+    options: dict[str, Any] = {"dtype": dtype}
+    folder = base
+    if base.suffix == ".gguf":
+        folder = base.parent
+        options |= {"gguf_file": base.name, "quantization_config": GgufConfig(dequantize=True)}
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=base.name)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer
+
+
+def convert(
+    base: Path,
+    output: Path,
+    preset_name: str = "paper",
+    settings: dict[str, Any] | None = None,
+    max_length: int | None = None,
+    dtype: str = "auto",
+) -> MemLongConfig:
+    """Write a MemLong checkpoint of ``base`` to ``output``: its weights, fresh (zero) gates,
+    tokenizer, configuration and the reference model's code.
+
+    Raises:
+        ConversionError, MemoryConfigError: before anything is written.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ConversionError(f"{output} exists and is not empty: choose another folder or remove it")
+    model, tokenizer = load_base(base, dtype)
+    block = preset(preset_name, model.config.num_hidden_layers, model.config.max_position_embeddings)
+    config = memlong_config(model.config, apply_settings(block, settings or {}), max_length)
+    write_checkpoint(model.state_dict(), config, tokenizer, output, model.dtype)
+    return config
+
+
+def write_checkpoint(
+    weights: dict[str, torch.Tensor], config: MemLongConfig, tokenizer: Any, output: Path, dtype: torch.dtype
+) -> None:
+    """Save a checkpoint folder that vLLM and transformers both load."""
+    with torch.device("meta"):
+        converted = MemLongForCausalLM(config)
+    converted = converted.to_empty(device="cpu").to(dtype)
+    missing, unexpected = converted.load_state_dict(weights, strict=False, assign=True)
+    if unexpected or any(".memory_" not in name and name != "lm_head.weight" for name in missing):
+        raise ConversionError(f"the base model's weights do not fit: missing {missing}, unexpected {unexpected}")
+    reset_memory_parameters(converted)
+    converted.tie_weights()
+    converted.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    for name in SHIPPED_CODE:
+        shutil.copyfile(str(files("memlong_vllm.reference") / name), output / name)
+    saved = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps(saved | {"auto_map": AUTO_MAP}, indent=2) + "\n")
+
+
+def reset_memory_parameters(model: MemLongForCausalLM) -> None:
+    """Gates and biases 0 (the model is then exactly its window-only backbone); adapters identity."""
+    for name, parameter in model.named_parameters():
+        if name.endswith((".memory_gate", ".memory_bias")):
+            parameter.data.zero_()
+        elif name.endswith(("memory_k_adapter", "memory_v_adapter")):
+            identity = torch.eye(parameter.shape[1], dtype=parameter.dtype)
+            first = 0 if name.endswith("memory_k_adapter") else parameter.shape[0]
+            parameter.data.copy_(identity[first : first + parameter.shape[0]])
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value``; the value as JSON if it is, else as text."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", type=Path, help="folder with a Llama model (safetensors), or a .gguf file")
+    parser.add_argument("output", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("--preset", choices=("paper", "released", "small"), default="paper")
+    parser.add_argument(
+        "--set", dest="settings", type=parse_setting, action="append", default=[], metavar="KEY=VALUE",
+        help="field of the memlong block, for example top_k=4 or retriever.model=/path",
+    )  # fmt: skip
+    parser.add_argument("--max-length", type=int, help="tokens a sequence may reach (max_position_embeddings)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        config = convert(
+            arguments.base,
+            arguments.output,
+            arguments.preset,
+            dict(arguments.settings),
+            arguments.max_length,
+            arguments.dtype,
+        )
+    except (ConversionError, MemoryConfigError) as error:
+        print(f"memlong-vllm convert: {error}")
+        return 2
+    print(json.dumps(config.memlong, indent=2))
+    print(f"\nwritten to {arguments.output}; gates are zero, so memory has no effect until they are trained")
+    print(f"serve it: vllm serve {arguments.output} --trust-remote-code")
+    return 0

@@ -1,0 +1,30 @@
+"""The console script ``memlong-vllm``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "convert": "make a MemLong checkpoint from a local Llama model",
+    "demo": "serve a novel with a small real model and ask it questions",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="memlong-vllm", description="MemLong inside vLLM")
+    commands = parser.add_subparsers(dest="command", required=True)
+    chosen = sys.argv[1] if len(sys.argv) > 1 else None
+    for name, description in COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=description)
+        if name == chosen:  # Import one command's needs only.
+            module = importlib.import_module(f"memlong_vllm.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""All configuration: the checkpoint's (re-exported) and the deployment's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from memlong_vllm.reference.configuration_memlong import (
+    MemLongConfig,
+    MemoryConfig,
+    MemoryConfigError,
+    RetrieverConfig,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["DeploymentConfig", "MemLongConfig", "MemoryConfig", "MemoryConfigError", "RetrieverConfig"]
+
+GIB = 1 << 30
+ARCHITECTURE = "MemLongForCausalLM"
+
+
+@dataclass(frozen=True)
+class DeploymentConfig:
+    """``--additional-config '{"memlong": {...}}'``: how a checkpoint is served.
+
+    Fields of the checkpoint's ``memlong`` block may stand beside these and override it.
+
+    Attributes:
+        bank_gib: size of each rank's bank, in GiB (2**30 bytes), for all sequences together.
+        retriever_path: folder or hub name that takes the place of ``retriever.model``.
+        retriever_device: torch device of the embedder, for example ``"cpu"`` or ``"cuda:0"``.
+        retriever_batch_size: texts embedded in one forward pass. On a CPU one is as fast a text.
+        retriever_cache_size: embeddings kept by text, across requests.
+        trace_file: JSON lines, one a retrieval and one a forgetting, or None.
+    """
+
+    bank_gib: float = 4.0
+    retriever_path: str | None = None
+    retriever_device: str = "cpu"
+    retriever_batch_size: int = 1
+    retriever_cache_size: int = 65536
+    trace_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bank_gib, bool) or not isinstance(self.bank_gib, int | float) or self.bank_gib <= 0:
+            raise MemoryConfigError("bank_gib", self.bank_gib, "must be a positive number of GiB")
+        for name in ("retriever_batch_size", "retriever_cache_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise MemoryConfigError(name, value, "must be a positive integer")
+        if not isinstance(self.retriever_device, str):
+            raise MemoryConfigError("retriever_device", self.retriever_device, "must be a torch device")
+        for name in ("trace_file", "retriever_path"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise MemoryConfigError(name, value, "must be a path or null")
+
+
+def resolve(hf_config: MemLongConfig, additional_config: dict[str, Any]) -> tuple[MemoryConfig, DeploymentConfig]:
+    """Apply the deployment's settings to a checkpoint's.
+
+    Args:
+        additional_config: vLLM's; only its ``"memlong"`` entry is read.
+
+    Raises:
+        MemoryConfigError: naming the field, its value and the rule.
+    """
+    settings = dict(additional_config.get("memlong") or {})
+    known = {f.name for f in fields(DeploymentConfig)}
+    deployment = DeploymentConfig(**{name: settings.pop(name) for name in known & settings.keys()})
+    block = {**hf_config.memory.to_dict(), **settings}
+    if isinstance(settings.get("retriever"), dict):
+        block["retriever"] = {**hf_config.memory.to_dict()["retriever"], **settings["retriever"]}
+    if deployment.retriever_path is not None:
+        block["retriever"]["model"] = deployment.retriever_path
+    return MemoryConfig.from_dict(block, hf_config.num_hidden_layers), deployment
+
+
+def max_sequence_slots(memory: MemoryConfig, max_tokens: int, max_step_tokens: int) -> int:
+    """Bank slots that a sequence can hold at once.
+
+    Beside the capacity: the chunks that one step writes before any slot it frees returns, and
+    forgotten chunks that the current set still reads where a segment spans several chunks.
+
+    Args:
+        max_tokens: the longest the sequence can become.
+        max_step_tokens: tokens one engine step computes at most.
+    """
+    total = -(-max_tokens // memory.chunk_size)
+    writing = -(-max_step_tokens // memory.chunk_size) + 1
+    lingering = memory.top_k if memory.retrieval_stride > memory.chunk_size else 0
+    return min(total, memory.capacity + writing + lingering)
+
+
+def bank_slots(vllm_config: VllmConfig) -> int:
+    """Slots of each rank's bank: as many as ``bank_gib`` holds, none that could never be used.
+
+    Scheduler and workers each call this with the same configuration and so agree.
+
+    Raises:
+        MemoryConfigError: if not even one sequence of the full length fits.
+    """
+    model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
+    hf_config = model_config.hf_config
+    memory, deployment = resolve(hf_config, vllm_config.additional_config)
+    num_kv_heads = model_config.get_num_kv_heads(vllm_config.parallel_config)
+    chunk_bytes = 2 * memory.chunk_size * num_kv_heads * hf_config.head_dim * model_config.dtype.itemsize
+    one = max_sequence_slots(memory, model_config.max_model_len, scheduler_config.max_num_batched_tokens)
+    fitting = int(deployment.bank_gib * GIB) // chunk_bytes
+    if fitting < one:
+        rule = f"a sequence of max_model_len ({model_config.max_model_len}) may need {one * chunk_bytes / GIB:.2f} GiB"
+        raise MemoryConfigError("bank_gib", deployment.bank_gib, rule)
+    return min(fitting, one * scheduler_config.max_num_seqs)

@@ -1,0 +1,208 @@
+"""MemLong as a vLLM model: Llama with a local window, a memory layer and retrieval layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.selector import get_attn_backend
+
+from memlong_vllm.config import MemLongConfig, bank_slots, resolve
+from memlong_vllm.local_attention import lse_backend
+from memlong_vllm.retrieval_attention import MemoryStore, RetrievalAttention
+from memlong_vllm.worker.bank import MemoryBank
+from memlong_vllm.worker.step_memory import StepMemory
+
+logger = init_logger(__name__)
+
+
+def padded_head_dim(head_dim: int, supported: list[int]) -> int:
+    """The smallest head size an attention backend takes that is at least ``head_dim``.
+
+    Args:
+        supported: the backend's sizes; empty means any multiple of 8.
+
+    Raises:
+        ValueError: if all are smaller.
+    """
+    if not supported:
+        return -(-head_dim // 8) * 8
+    fitting = [size for size in supported if size >= head_dim]
+    if not fitting:
+        raise ValueError(f"head_dim {head_dim} exceeds what the attention backend supports: {supported}")
+    return min(fitting)
+
+
+class MemLongAttention(nn.Module):
+    """Self-attention of one layer, with whatever part that layer has in the memory."""
+
+    def __init__(
+        self,
+        config: MemLongConfig,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        max_position_embeddings: int,
+        quant_config: QuantizationConfig | None = None,
+        bias: bool = False,
+        bias_o_proj: bool = False,
+        *,
+        cache_config: CacheConfig,
+        prefix: str = "",
+        attn_type: str = "decoder",
+    ) -> None:
+        super().__init__()
+        vllm_config = get_current_vllm_config()
+        memory, _ = resolve(config, vllm_config.additional_config)
+        layer_idx = extract_layer_index(prefix)
+        tp_size = get_tensor_model_parallel_world_size()
+        self.num_heads = num_heads // tp_size
+        self.num_kv_heads = max(1, num_kv_heads // tp_size)
+        head_dim = config.head_dim
+        backend = get_attn_backend(head_dim, torch.get_default_dtype(), cache_config.cache_dtype)
+        padded = padded_head_dim(head_dim, backend.get_supported_head_sizes())
+        if padded != head_dim and quant_config is not None:
+            raise ValueError(f"head_dim {head_dim} must be padded to {padded}, which quantized weights do not allow")
+        self.q_size, self.kv_size = self.num_heads * padded, self.num_kv_heads * padded
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size,
+            padded,
+            num_heads,
+            num_kv_heads,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * padded, hidden_size, bias=bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        self.rotary_emb = get_rope(
+            padded,
+            max_position=max(max_position_embeddings, vllm_config.model_config.max_model_len),
+            rope_parameters={**config.rope_parameters, "rope_dim": head_dim},
+        )
+        self.is_retrieval_layer = layer_idx in memory.retrieval_layers
+        self.fusion = memory.fusion
+        keeps_lse = self.is_retrieval_layer and memory.fusion != "gated"
+        self.attn = Attention(
+            self.num_heads,
+            padded,
+            head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            per_layer_sliding_window=memory.local_window,
+            prefix=f"{prefix}.attn",
+            attn_backend=lse_backend(backend) if keeps_lse else None,
+        )
+        layers = vllm_config.compilation_config.static_forward_context
+        self.store_name, self.memory_name = f"{prefix}.store", f"{prefix}.memory"
+        self.store: MemoryStore | None = None
+        if layer_idx == memory.memory_layer:
+            self.store = MemoryStore(self.num_kv_heads, head_dim, padded)
+            layers[self.store_name] = self.store
+        if self.is_retrieval_layer:
+            self.memory = RetrievalAttention(
+                memory, self.num_heads, self.num_kv_heads, num_kv_heads, head_dim, padded, self.rotary_emb
+            )
+            self.memory.local_impl = self.attn.impl
+            layers[self.memory_name] = self.memory
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.store is not None:
+            torch.ops.vllm.memlong_store(key, value, self.store_name)
+        unrotated = query.clone() if self.is_retrieval_layer else query
+        query, key = self.rotary_emb(positions, query, key)
+        if self.is_retrieval_layer and self.fusion == "scaled_logits":
+            torch.ops.vllm.memlong_scale_query(query, self.memory_name)
+        attended = self.attn(query, key, value)
+        if self.is_retrieval_layer:
+            torch.ops.vllm.memlong_retrieve(unrotated, attended, self.memory_name)
+        output, _ = self.o_proj(attended)
+        return output
+
+
+class MemLongDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: MemLongConfig | None = None) -> None:
+        super().__init__(vllm_config, prefix, config, attn_layer_type=MemLongAttention)
+
+
+class MemLongForCausalLM(LlamaForCausalLM):
+    """Llama with a MemLong memory.
+
+    Attributes:
+        step_memory: this rank's bank and, during a step, what the step does with it.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=MemLongDecoderLayer)
+        model_config = vllm_config.model_config
+        memory, _ = resolve(self.config, vllm_config.additional_config)
+        bank = MemoryBank(
+            bank_slots(vllm_config),
+            memory.chunk_size,
+            model_config.get_num_kv_heads(vllm_config.parallel_config),
+            self.config.head_dim,
+            model_config.dtype,
+            next(self.parameters()).device,
+        )
+        self.step_memory = StepMemory(bank)
+        for module in self.modules():
+            if isinstance(module, RetrievalAttention | MemoryStore):
+                module.step_memory = self.step_memory
+        logger.info("Memory bank: %d chunks, %.2f GiB a rank", bank.keys.shape[1], bank.num_bytes / 2**30)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        from memlong_vllm.worker.model_state import MemLongModelState
+
+        return MemLongModelState
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint of :mod:`memlong_vllm.cli.convert`, padding heads where needed.
+
+        Raises:
+            ValueError: if memory parameters (gates at least) are missing.
+        """
+        loaded = super().load_weights(self._engine_weight(name, tensor) for name, tensor in weights)
+        wanted = {name for name, _ in self.named_parameters() if ".memory." in name}
+        if missing := sorted(wanted - loaded):
+            shown = ", ".join(name.replace(".memory.", ".") for name in missing[:3])
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} memory parameters ({shown}, …): it was not made for these "
+                "retrieval_layers and fusion settings; make one with 'memlong-vllm convert'"
+            )
+        return loaded
+
+    def _engine_weight(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """A checkpoint's weight under its name and in its shape here."""
+        head, _, leaf = name.rpartition(".")
+        if leaf.startswith("memory_"):
+            return f"{head}.memory.{leaf}", tensor
+        if any(f".{projection}_proj." in name for projection in "qkv"):
+            return name, self._pad_heads(tensor)
+        if name.endswith(".o_proj.weight"):
+            return name, self._pad_heads(tensor.T).T
+        return name, tensor
+
+    def _pad_heads(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [heads·head_dim, ...] -> [heads·padded_dim, ...], zeros at the end of each head."""
+        head_dim = self.config.head_dim
+        padding = self.model.layers[0].self_attn.attn.head_size - head_dim
+        if padding == 0:
+            return rows
+        heads = rows.reshape(rows.shape[0] // head_dim, head_dim, -1)
+        return F.pad(heads, (0, 0, 0, padding)).reshape(-1, *rows.shape[1:])

@@ -1,0 +1,209 @@
+"""Attention of a retrieval layer to the bank, as an opaque operation beside vLLM's attention.
+
+Three operations are registered with PyTorch, so that compiled graphs call them as they are:
+``memlong_store`` (memory layer), ``memlong_scale_query`` (fusion ``scaled_logits`` only) and
+``memlong_retrieve``. Each finds its layer by name in vLLM's forward context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from memlong_vllm.config import MemoryConfig
+from memlong_vllm.memory_attention import attend, attend_chunks, attend_with_lse, merge
+from memlong_vllm.worker.step_memory import StepMemory
+from memlong_vllm.worker.step_metadata import ReadGroup
+
+OPERATIONS = ("memlong_store", "memlong_scale_query", "memlong_retrieve")
+
+# Spans of a long prefill are attended in batches of at most this many gathered memory tokens,
+# which bounds the copies of keys and values (and the scores) that exist at a time.
+_MAX_GATHERED_TOKENS = 16384
+
+
+class RetrievalAttention(nn.Module):
+    """What one retrieval layer adds to its local attention. One a layer and rank.
+
+    Parameters carry the checkpoint's names in the layer that owns them:
+
+    * ``memory_gate`` [H], 0 at first (gated: tanh of it weighs memory, Eq. 4-5);
+    * ``memory_bias`` [H], with ``memory_bias``: added to the memory scores;
+    * ``memory_k_adapter``, ``memory_v_adapter`` [R·d, 2·R·d] over all ranks' heads, with
+      ``memory_adapter``: make this layer's keys and values of the stored ones.
+
+    Args:
+        num_heads, num_kv_heads: this rank's.
+        head_dim: the model's; ``padded_dim`` is what query and output rows have.
+
+    Attributes:
+        step_memory: the rank's; set when the model is complete.
+        local_impl: the implementation of local attention, whose ``lse`` the joint fusions read.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        num_heads: int,
+        num_kv_heads: int,
+        total_num_kv_heads: int,
+        head_dim: int,
+        padded_dim: int,
+        rotary_emb: RotaryEmbedding,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.padded_dim = head_dim, padded_dim
+        self.rotary_emb = rotary_emb
+        self.step_memory: StepMemory | None = None
+        self.local_impl: Any = None
+        self.memory_gate = self._head_parameter()
+        if config.memory_bias:
+            self.memory_bias = self._head_parameter()
+        if config.memory_adapter == "linear":
+            if num_kv_heads * get_tensor_model_parallel_world_size() != total_num_kv_heads:
+                raise ValueError("memory_adapter 'linear' needs at least one key-value head per tensor-parallel rank")
+            size = total_num_kv_heads * head_dim
+            self.memory_k_adapter = nn.Parameter(torch.zeros(size, 2 * size), requires_grad=False)
+            self.memory_v_adapter = nn.Parameter(torch.zeros(size, 2 * size), requires_grad=False)
+
+    def _head_parameter(self) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros(self.num_heads), requires_grad=False)
+
+        def load(target: nn.Parameter, loaded: torch.Tensor) -> None:
+            first = get_tensor_model_parallel_rank() * self.num_heads
+            target.data.copy_(loaded.narrow(0, first, self.num_heads))
+
+        set_weight_attrs(parameter, {"weight_loader": load})
+        return parameter
+
+    def scale_query(self, query: torch.Tensor) -> None:
+        """Fusion ``scaled_logits``: weigh the local scores of tokens that have memory, in place.
+
+        Args:
+            query: [num_tokens, H·padded_dim], rotated.
+        """
+        rows = query.view(query.shape[0], self.num_heads, self.padded_dim)
+        weight = 1 - torch.sigmoid(self.memory_gate.float())
+        for group in self._groups():
+            token_idx = group.token_idx.flatten()
+            rows[token_idx] = (rows[token_idx] * weight[:, None]).to(rows.dtype)
+
+    def retrieve(self, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Fuse memory into the local attention's output, in place.
+
+        Args:
+            query: [num_tokens, H·padded_dim], un-rotated.
+            output: [num_tokens, H·padded_dim], the output of local attention.
+        """
+        rows = output.view(output.shape[0], self.num_heads, self.padded_dim)
+        for group in self._groups():
+            chunks = group.slots.shape[1] * self.config.chunk_size
+            batch = max(1, _MAX_GATHERED_TOKENS // chunks)
+            for first in range(0, group.slots.shape[0], batch):
+                part = slice(first, first + batch)
+                self._retrieve(query, rows, ReadGroup(group.token_idx[part], group.positions[part], group.slots[part]))
+
+    def _groups(self) -> tuple[ReadGroup, ...]:
+        assert self.step_memory is not None, "the model was used before its bank was attached"
+        metadata = self.step_memory.metadata
+        return metadata.groups if metadata is not None else ()
+
+    def _retrieve(self, query: torch.Tensor, rows: torch.Tensor, group: ReadGroup) -> None:
+        token_idx = group.token_idx.flatten()
+        shape = (*group.token_idx.shape, self.num_heads, self.padded_dim)
+        rotated, _ = self.rotary_emb.forward_native(group.positions.flatten(), query[token_idx])
+        local_query = rotated.view(shape)[..., : self.head_dim]
+        keys, values = self._gather(group.slots)
+        local = rows[token_idx, :, : self.head_dim]
+        fused = self._fuse(local_query, keys, values, local, token_idx)
+        rows[token_idx, :, : self.head_dim] = fused.to(rows.dtype)
+
+    def _gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [G, R, M, d] of chunks [G, c], as this layer wants them."""
+        assert self.step_memory is not None
+        keys, values = self.step_memory.bank.gather(slots)
+        if self.config.memory_adapter is None:
+            return keys, values
+        # [G, R, M, d] -> [G, M, R·d] of all ranks' heads
+        joined = [tensor_model_parallel_all_gather(t.transpose(1, 2).flatten(2).contiguous()) for t in (keys, values)]
+        stored = torch.cat(joined, dim=-1)
+        first = get_tensor_model_parallel_rank() * self.num_kv_heads * self.head_dim
+        mine = slice(first, first + self.num_kv_heads * self.head_dim)
+        adapted = [stored @ weight[mine].T for weight in (self.memory_k_adapter, self.memory_v_adapter)]
+        key, value = (t.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2) for t in adapted)
+        return key, value
+
+    def _fuse(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        local: torch.Tensor,
+        token_idx: torch.Tensor,
+    ) -> torch.Tensor:
+        """Local and memory attention of tokens [G·n], joined: [G·n, H, d]."""
+        scale = self.head_dim**-0.5
+        if self.config.fusion == "gated":
+            # A bias on all memory scores of a head leaves this softmax as it is.
+            if self.config.memory_softmax == "chunk":
+                memory = attend_chunks(query, keys, values, scale, self.config.chunk_size)
+            else:
+                memory = attend(query, keys, values, scale)
+            gate = torch.tanh(self.memory_gate.float())[:, None]
+            return local + (gate * memory.flatten(0, 1)).to(local.dtype)
+        weight = torch.ones_like(self.memory_gate, dtype=torch.float32)
+        if self.config.fusion == "scaled_logits":
+            weight = torch.sigmoid(self.memory_gate.float())
+        bias = self.memory_bias.float() if self.config.memory_bias else torch.zeros_like(weight)
+        memory, memory_lse = attend_with_lse(query, keys, values, scale * weight, bias * weight)
+        return merge(local, self.local_impl.lse[token_idx], memory.flatten(0, 1), memory_lse.flatten(0, 1))
+
+
+class MemoryStore(nn.Module):
+    """Writes the memory layer's un-rotated keys and values to the bank."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int, padded_dim: int) -> None:
+        super().__init__()
+        self.num_kv_heads, self.head_dim, self.padded_dim = num_kv_heads, head_dim, padded_dim
+        self.step_memory: StepMemory | None = None
+
+    def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Args: key, value: [num_tokens or more (padding), R·padded_dim]."""
+        assert self.step_memory is not None, "the model was used before its bank was attached"
+        metadata = self.step_memory.metadata
+        if metadata is not None:
+            num_tokens = metadata.token_places.shape[0]
+            keys, values = (
+                t[:num_tokens].unflatten(-1, (self.num_kv_heads, self.padded_dim))[..., : self.head_dim]
+                for t in (key, value)
+            )
+            self.step_memory.bank.write(metadata.token_places, keys, values)
+
+
+def _store(key: torch.Tensor, value: torch.Tensor, layer_name: str) -> None:
+    # ``key`` is declared as mutated though it is not: whatever comes later depends on it, so no
+    # compiler may move a read of the bank before this write or drop it.
+    get_forward_context().no_compile_layers[layer_name].store(key, value)
+
+
+def _scale_query(query: torch.Tensor, layer_name: str) -> None:
+    get_forward_context().no_compile_layers[layer_name].scale_query(query)
+
+
+def _retrieve(query: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+    get_forward_context().no_compile_layers[layer_name].retrieve(query, output)
+
+
+direct_register_custom_op("memlong_store", _store, ["key"], lambda key, value, layer_name: None)
+direct_register_custom_op("memlong_scale_query", _scale_query, ["query"], lambda query, layer_name: None)
+direct_register_custom_op("memlong_retrieve", _retrieve, ["output"], lambda query, output, layer_name: None)

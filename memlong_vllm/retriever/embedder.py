@@ -1,0 +1,92 @@
+"""From texts to vectors: the embedder interface and the FlagEmbedding implementation."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from memlong_vllm.config import RetrieverConfig
+
+
+class RetrieverLoadError(RuntimeError):
+    """The embedder that the configuration names cannot be loaded."""
+
+
+class Embedder(Protocol):
+    """What the retriever needs of an embedder.
+
+    An own one is named ``"module:Class"`` in ``retriever.model`` and constructed as
+    ``Class(config: RetrieverConfig, device: str)``.
+
+    Attributes:
+        dimension: components of a vector.
+    """
+
+    dimension: int
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Embed non-empty texts, instruction included. Returns [len(texts), dimension] float32,
+        L2-normalised. Called on the retriever's own thread."""
+        ...
+
+
+class FlagEmbedder:
+    """Encoder models (BGE, MiniLM, …) loaded by ``FlagEmbedding.FlagModel``.
+
+    FlagModel's ``encode`` runs its first batch twice to find a batch size that fits, which for
+    one chunk doubles the cost, so its tokenizer, model and pooling are used directly.
+    """
+
+    def __init__(self, config: RetrieverConfig, device: str) -> None:
+        from FlagEmbedding import FlagModel
+
+        self._flag = FlagModel(
+            config.model,
+            pooling_method=config.pooling,
+            devices=[device],
+            use_fp16=device != "cpu",
+            normalize_embeddings=True,
+        )
+        self._model = self._flag.model.to(device).eval()
+        self._device = device
+        self._max_length = config.max_length
+        self.dimension: int = self._model.config.hidden_size
+
+    @torch.inference_mode()
+    def embed(self, texts: list[str]) -> np.ndarray:
+        inputs = self._flag.tokenizer(
+            texts, truncation=True, max_length=self._max_length, padding=True, return_tensors="pt"
+        ).to(self._device)
+        hidden = self._model(**inputs, return_dict=True).last_hidden_state
+        vectors = self._flag.pooling(hidden, inputs["attention_mask"])
+        return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
+
+
+def load_embedder(config: RetrieverConfig, checkpoint: str, device: str) -> Embedder:
+    """Load the embedder that a configuration names.
+
+    Args:
+        checkpoint: folder in which a relative ``config.model`` is looked up first.
+        device: torch device.
+
+    Raises:
+        RetrieverLoadError: naming the model and what went wrong.
+    """
+    try:
+        if ":" in config.model and not Path(config.model).exists():
+            module, _, name = config.model.partition(":")
+            return getattr(importlib.import_module(module), name)(config, device)
+        inside = Path(checkpoint) / config.model
+        if inside.is_dir():
+            config = RetrieverConfig(str(inside), config.pooling, config.max_length, config.query_instruction)
+        return FlagEmbedder(config, device)
+    except Exception as error:
+        raise RetrieverLoadError(
+            f"memlong.retriever.model = {config.model!r} cannot be loaded on {device!r} "
+            f"({type(error).__name__}: {error}). Name a local folder or hub model there, or set "
+            "retriever_path in --additional-config '{\"memlong\": {…}}'."
+        ) from error

@@ -1,0 +1,160 @@
+"""The retriever service: embeds token spans of many sequences on its own thread."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memlong_vllm.retriever.embedder import Embedder
+
+Span = tuple[int, int]
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(order=True, slots=True)
+class _Job:
+    """One span to embed. Jobs of lower ``priority`` go first, then those submitted earlier."""
+
+    priority: int
+    number: int
+    request_id: str = field(compare=False)
+    span: Span = field(compare=False)
+    token_ids: tuple[int, ...] = field(compare=False)
+
+
+class RetrieverService:
+    """Embeddings of token spans, made ahead of their use.
+
+    All public methods are called by the scheduler's thread; the embedder and the tokenizer are
+    used by the service's thread only. A span's text is embedded once as long as its embedding
+    stays among the ``cache_size`` last used, so equal texts have equal vectors.
+
+    Args:
+        decode: token ids to text.
+        instruction: put before every text.
+        batch_size: texts in one call of the embedder.
+        cache_size: embeddings kept by text.
+    """
+
+    DECODING, PREFILL = 0, 1
+
+    def __init__(
+        self, embedder: Embedder, decode: Decode, instruction: str | None, batch_size: int, cache_size: int
+    ) -> None:
+        self.dimension = embedder.dimension
+        self._embedder = embedder
+        self._decode = decode
+        self._instruction = instruction or ""
+        self._batch_size = batch_size
+        self._cache_size = cache_size
+        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._changed = threading.Condition()
+        self._jobs: list[_Job] = []
+        self._num_jobs = 0
+        self._results: dict[str, dict[Span, np.ndarray]] = {}
+        self._failures: dict[str, str] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="memlong-retriever", daemon=True)
+        self._thread.start()
+
+    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], priority: int) -> None:
+        """Queue spans ({(start, end): token ids}) of a sequence, in the order given."""
+        with self._changed:
+            self._results.setdefault(request_id, {})
+            for span, token_ids in spans.items():
+                heapq.heappush(self._jobs, _Job(priority, self._num_jobs, request_id, span, token_ids))
+                self._num_jobs += 1
+            self._changed.notify_all()
+
+    def take_results(self, request_id: str) -> dict[Span, np.ndarray]:
+        """Embeddings finished since the last call, each [dimension] float32."""
+        with self._changed:
+            results = self._results.get(request_id)
+            if not results:
+                return {}
+            self._results[request_id] = {}
+            return results
+
+    def take_failures(self) -> dict[str, str]:
+        """Sequences whose texts could not be embedded since the last call, with the reason."""
+        with self._changed:
+            failures, self._failures = self._failures, {}
+            return failures
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a sequence, its queued spans and its results."""
+        with self._changed:
+            if self._results.pop(request_id, None) is not None:
+                self._jobs = [job for job in self._jobs if job.request_id != request_id]
+                heapq.heapify(self._jobs)
+
+    def wait(self, timeout: float) -> None:
+        """Block until something finishes, ``timeout`` seconds at most."""
+        with self._changed:
+            self._changed.wait(timeout)
+
+    def num_pending(self) -> int:
+        """Spans queued and not embedded yet."""
+        with self._changed:
+            return len(self._jobs)
+
+    def shutdown(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if hasattr(os, "sched_setaffinity"):
+            # The thread inherits the affinity of the one that made it, which vLLM's CPU worker
+            # pins to a single core; embedding there would stall every step of the model.
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        while True:
+            with self._changed:
+                while not self._jobs and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                batch = [heapq.heappop(self._jobs) for _ in range(min(self._batch_size, len(self._jobs)))]
+            vectors, failures = self._embed_jobs(batch)
+            with self._changed:
+                self._failures.update(failures)
+                for job, vector in vectors:
+                    if job.request_id in self._results:
+                        self._results[job.request_id][job.span] = vector
+                self._changed.notify_all()
+
+    def _embed_jobs(self, jobs: list[_Job]) -> tuple[list[tuple[_Job, np.ndarray]], dict[str, str]]:
+        """Embed together; if that fails, one by one, so that only the culprits' owners fail."""
+        try:
+            return list(zip(jobs, self._embed([job.token_ids for job in jobs]), strict=True)), {}
+        except Exception as error:  # noqa: BLE001 (whatever an embedder raises ends requests, not the engine)
+            if len(jobs) == 1:
+                return [], {jobs[0].request_id: f"{type(error).__name__}: {error}"}
+        parts = [self._embed_jobs([job]) for job in jobs]
+        failures = {request_id: reason for _, failed in parts for request_id, reason in failed.items()}
+        return [pair for vectors, _ in parts for pair in vectors], failures
+
+    def _embed(self, spans: list[tuple[int, ...]]) -> list[np.ndarray]:
+        texts = [self._decode(token_ids) for token_ids in spans]
+        missing = [text for text in dict.fromkeys(texts) if text and text not in self._cache]
+        if missing:
+            vectors = self._embedder.embed([self._instruction + text for text in missing])
+            if vectors.shape != (len(missing), self.dimension):
+                raise ValueError(f"the embedder returned shape {vectors.shape} for {len(missing)} texts")
+            if not np.isfinite(vectors).all():
+                raise ValueError("the embedder returned a vector that is not finite")
+            self._cache.update(zip(missing, vectors.astype(np.float32), strict=True))
+        result = [self._cache[text] if text else np.zeros(self.dimension, np.float32) for text in texts]
+        for text in texts:
+            if text:
+                self._cache.move_to_end(text)
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return result
