@@ -9,6 +9,8 @@ Patches, each with its reason and the change in vLLM that would make it needless
 * ``GPUModelRunner.execute_model`` (V1 and V2) takes the plan off the scheduler's output, and
   V1's ``_model_forward`` begins the memory's step once the batch is laid out. (V2 has a hook for
   the latter: the model state.) Until a runner passes extra scheduler output to the model.
+* ``EngineCore.memlong_stats``: a new utility method, for the HTTP route. Until schedulers can
+  answer utility calls themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.core import EngineCore
 
 from engine_patches.vllm_0_32_config import MemLongEngineConfig
 from memlong_vllm.config import ARCHITECTURE
@@ -47,6 +50,7 @@ def apply() -> None:
     _patch_prefix_caching_support()
     _patch_v1_runner()
     _patch_v2_runner()
+    EngineCore.memlong_stats = lambda self: self.scheduler.memory_stats()
 
 
 def _patch_prefix_caching_support() -> None:

@@ -192,6 +192,23 @@ class MemLongScheduler(Scheduler):
             group.outputs.append(output)
         self._failures.clear()
 
+    def memory_stats(self) -> dict[str, int]:
+        """What is in use now; all zero but the capacities while no request is alive."""
+        pool = self.kv_cache_manager.block_pool
+        num_running, num_waiting = self.get_request_counts()
+        return {
+            "running": num_running,
+            "waiting": num_waiting,
+            "sequences": len(self._sequences),
+            "slots_used": self.ledger.num_slots - self.ledger.num_free_slots,
+            "slots_total": self.ledger.num_slots,
+            # One block is vLLM's placeholder for positions without a block.
+            "kv_blocks_used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            "kv_blocks_total": pool.num_gpu_blocks - 1,
+            "pending_embeddings": self._service.num_pending(),
+            "holds": self.num_holds,
+        }
+
     def shutdown(self) -> None:
         self._service.shutdown()
         if self._trace is not None:

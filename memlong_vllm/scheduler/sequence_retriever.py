@@ -42,7 +42,8 @@ class SequenceRetriever:
         """
         num_tokens, chunk_size = len(token_ids), self._config.chunk_size
         first = self._num_seen
-        spans = {(end - chunk_size, end) for end in range(chunk_size, num_tokens + 1, chunk_size) if end > first}
+        next_end = (first // chunk_size + 1) * chunk_size
+        spans = {(end - chunk_size, end) for end in range(next_end, num_tokens + 1, chunk_size)}
         for retrieval in self._clock.retrievals(first, num_tokens + 1):
             if retrieval.query[1] <= num_tokens:
                 spans.add(retrieval.query)

@@ -1,0 +1,39 @@
+"""Fixtures: a tiny random model with a real tokenizer and a real embedder, and engines of it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import Checkpoints
+from tests.engines import Engine
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def start_engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """Starts engines in this process; each is shut down before the next and at the end."""
+    running: list[Engine] = []
+
+    def start(model: Path, **options: Any) -> Engine:
+        while running:
+            running.pop().shutdown()
+        running.append(Engine(model, trace_file=tmp_path / f"trace{len(list(tmp_path.iterdir()))}.jsonl", **options))
+        return running[0]
+
+    yield start
+    while running:
+        running.pop().shutdown()

@@ -1,0 +1,68 @@
+"""Run as a program: serve a checkpoint in a set-up that needs a process of its own, and print how
+far log-probabilities are from the reference. See test_engine_processes.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def use_v2_runner() -> None:
+    """vLLM's V2 runner on a CPU: Triton's interpreter behind a backend that claims to be there.
+    Must come before anything of vLLM is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--v2", action="store_true")
+    parser.add_argument("--options", type=json.loads, default={})
+    arguments = parser.parse_args()
+    if arguments.v2:
+        use_v2_runner()
+    # Only now: the modules below import vLLM.
+    from tests.checkpoints import novel
+    from tests.engines import Engine, Reference, logprobs_of
+
+    trace = Path(os.environ["TRACE_FILE"])
+    engine = Engine(arguments.model, trace, **arguments.options)
+    tokenizer = engine.llm.get_tokenizer()
+    tokens = tokenizer(novel()[3000:30000])["input_ids"]
+    in_process = hasattr(engine.llm.llm_engine.engine_core, "engine_core")
+    for prompt in (tokens[:211], tokens[300:390], tokens[500:628]):
+        engine.add(prompt, max_tokens=40)
+
+    def preempt(step: int) -> None:
+        if in_process and step == 20:
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    outputs = engine.run(preempt)
+    reference = Reference(arguments.model)
+    rows = []
+    for output in outputs.values():
+        tokens, measured = logprobs_of(output)
+        expected = reference.logprobs(tokens, len(output.prompt_token_ids))
+        without = reference.logprobs(tokens, len(output.prompt_token_ids), with_memory=False)
+        rows.append(
+            {"with": (measured - expected).abs().max().item(), "without": (measured - without).abs().max().item()}
+        )
+    if in_process:
+        engine.assert_empty()
+        runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        rows.append({"runner": type(runner).__module__})
+    engine.shutdown()
+    print("\n" + json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()

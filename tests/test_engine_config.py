@@ -1,0 +1,101 @@
+"""What the engine sets up, and what it refuses, before anything is built."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+
+import engine_patches
+import memlong_vllm
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Any) -> Path:
+    return checkpoints.memlong()
+
+
+def config(model: Path, **options: Any) -> Any:
+    return EngineArgs(model=str(model), max_model_len=2048, **options).create_engine_config()
+
+
+def test_defaults(model: Path) -> None:
+    resolved = config(model)
+    assert resolved.scheduler_config.scheduler_cls.endswith("MemLongScheduler")
+    assert resolved.scheduler_config.async_scheduling is False
+    assert resolved.cache_config.enable_prefix_caching is False
+
+
+REFUSED = {
+    "pipeline parallelism": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "LoRA": {"enable_lora": True},
+    "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+    "KV connectors": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "kv_cache_dtype 'fp8'": {"kv_cache_dtype": "fp8"},
+    "prompt embeddings": {"enable_prompt_embeds": True},
+    "dual batch overlap": {"enable_dbo": True},
+    "disable-sliding-window": {"disable_sliding_window": True},
+    "another scheduler": {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+    "another worker class": {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+    "prefix caching": {"enable_prefix_caching": True},
+    "asynchronous scheduling": {"async_scheduling": True},
+    "skip-tokenizer-init": {"skip_tokenizer_init": True},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(model: Path, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        config(model, **REFUSED[what])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0}, r"memlong\.top_k = 0"),
+        ({"topk": 4}, r"memlong\.topk = 4: unknown field"),
+        ({"local_window": 100}, r"memlong\.local_window = 100: must be a multiple of chunk_size"),
+        ({"retrieval_layers": [4, 9]}, "the backbone has layers 0 to 4"),
+        ({"bank_gib": 1e-6}, r"memlong\.bank_gib = 1e-06"),
+        ({"retriever_path": "./nowhere"}, "no such folder"),
+    ],
+)
+def test_invalid_settings_are_named(model: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(model, additional_config={"memlong": settings})
+
+
+def test_a_window_beyond_the_training_length_warns(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("engine_patches.vllm_0_32_config")
+    logger.addHandler(caplog.handler)
+    config(model, additional_config={"memlong": {"local_window": 1024}})
+    logger.removeHandler(caplog.handler)
+    assert "local_window = 1024 exceeds the 512 tokens the backbone was trained on" in caplog.text
+
+
+def test_another_vllm_version_is_refused() -> None:
+    with pytest.raises(engine_patches.UnsupportedVllmError, match=r"0\.33\.1.*tested with: 0\.32\.0"):
+        engine_patches.module_name("0.33.1")
+    assert engine_patches.module_name("0.32.0+cpu") == "engine_patches.vllm_0_32"
+
+
+def test_an_untested_version_stops_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm, "__version__", "0.31.0")
+        with pytest.raises(RuntimeError, match="does not support vLLM 0.31.0"):
+            importlib.reload(engine_patches)
+    importlib.reload(engine_patches)
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    memlong_vllm.register()
+    patched = GPUModelRunner.execute_model
+    memlong_vllm.register()
+    assert GPUModelRunner.execute_model is patched

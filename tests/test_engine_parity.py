@@ -1,0 +1,187 @@
+"""The engine against the reference: the same log-probabilities, however the work is cut."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import novel
+from tests.engines import Engine, Reference, assert_parity
+
+TINY = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tokens(checkpoints: Any) -> list[int]:
+    return checkpoints.tokenizer(novel()[3000:40000])["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Any) -> Any:
+    return checkpoints.memlong()
+
+
+@pytest.fixture(scope="module")
+def reference(model: Any) -> Reference:
+    return Reference(model)
+
+
+def ragged(tokens: list[int]) -> list[list[int]]:
+    """Prompts that end inside, at and just past segment borders."""
+    return [
+        tokens[start : start + length] for start, length in ((0, 401), (900, 256), (2000, 337), (5000, 97), (6000, 160))
+    ]
+
+
+def test_one_shot_prefill(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model, max_num_batched_tokens=2048)
+    outputs = engine.generate([tokens[:700]], max_tokens=4)
+    assert_parity(outputs[0], reference, TINY)
+    engine.assert_empty()
+
+
+@pytest.mark.parametrize("step_tokens", [37, 100])
+def test_prefill_cut_off_the_chunk_grid(
+    start_engine: Any, model: Any, reference: Reference, tokens: list[int], step_tokens: int
+) -> None:
+    engine: Engine = start_engine(model, max_num_batched_tokens=step_tokens)
+    for output in engine.generate(ragged(tokens)[:3], max_tokens=8):
+        assert_parity(output, reference, TINY)
+    engine.assert_empty()
+
+
+def test_sequences_join_and_leave(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model, max_num_seqs=3)
+    waiting = [(prompt, 10 + 9 * i) for i, prompt in enumerate(ragged(tokens) * 2)]
+
+    def join(step: int) -> None:
+        if step % 4 == 0 and waiting:
+            prompt, max_tokens = waiting.pop()
+            engine.add(prompt, max_tokens=max_tokens)
+
+    join(0)
+    finished: dict[str, Any] = {}
+    while waiting or engine.llm.llm_engine.has_unfinished_requests():
+        finished |= engine.run(join)
+        join(0)
+    assert len(finished) == 10
+    for output in finished.values():
+        assert_parity(output, reference, TINY)
+    engine.assert_empty()
+
+
+def test_300_tokens_across_segments(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model)
+    for output in engine.generate([tokens[:150], tokens[500:717]], max_tokens=300):
+        assert_parity(output, reference, TINY)
+    engine.assert_empty()
+
+
+def test_forced_preemption(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model)
+    preempted: list[int] = []
+    last = 0
+
+    def preempt(step: int) -> None:
+        nonlocal last
+        if len(engine.scheduler.running) >= 2 and step > last + 12 and len(preempted) < 3:
+            last = step
+            preempted.append(len(engine.scheduler.running))
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    for prompt in ragged(tokens):
+        engine.add(prompt, max_tokens=60)
+    finished = engine.run(preempt)
+    assert len(preempted) == 3
+    for output in finished.values():
+        assert_parity(output, reference, TINY)
+    engine.assert_empty()
+
+
+def test_holds_of_random_length(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
+    """Retrievals become ready late and in any order; requests wait for them, one by one."""
+    engine: Engine = start_engine(model)
+    generator = random.Random(0)
+    is_ready = engine.scheduler._is_ready
+    held: dict[str, int] = {}
+
+    def hold_longer(request: Any) -> bool:
+        ready = is_ready(request)
+        left = held.get(request.request_id, 0)
+        held[request.request_id] = left - 1 if left > 0 else generator.choice([0, 0, 1, 2, 5])
+        return ready and left <= 0
+
+    engine.scheduler._is_ready = hold_longer
+    outputs = engine.generate(ragged(tokens), max_tokens=50)
+    assert engine.scheduler.num_holds > 0
+    for output in outputs:
+        assert_parity(output, reference, TINY)
+    engine.assert_empty()
+
+
+def test_two_completions_of_a_prompt(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model)
+    outputs = engine.generate([tokens[:333]], n=2, temperature=1.0, max_tokens=60)
+    assert outputs[0].outputs[0].token_ids != outputs[0].outputs[1].token_ids
+    assert_parity(outputs[0], reference, TINY, greedy=False)
+    engine.assert_empty()
+
+
+VARIANTS = {
+    "joint": {"fusion": "joint"},
+    "scaled_logits": {"fusion": "scaled_logits"},
+    "per_chunk": {"memory_softmax": "chunk"},
+    "current": {"query_scope": "current"},
+    "wide_segments": {"retrieval_stride": 48, "query_tokens": 24, "local_window": 96},
+    "current_wide_segments": {"query_scope": "current", "retrieval_stride": 32, "query_tokens": 40},
+    "forgetting": {"memory_size": 160},
+    "forgetting_wide_segments": {"memory_size": 96, "retrieval_stride": 32},
+    "bias_and_adapter": {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"},
+    "gated_adapter": {"memory_adapter": "linear"},
+    "memory_layer_not_read": {"memory_layer": 0, "retrieval_layers": [2, 3]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(start_engine: Any, checkpoints: Any, tokens: list[int], variant: str) -> None:
+    model = checkpoints.memlong(**VARIANTS[variant])
+    engine: Engine = start_engine(model, max_num_batched_tokens=90)
+    reference = Reference(model)
+    for output in engine.generate(ragged(tokens)[:3], max_tokens=40):
+        assert_parity(output, reference, TINY)
+    if "forgetting" in variant:
+        assert any(line["kind"] == "forget" for line in engine.trace())
+    engine.assert_empty()
+
+
+SHAPES = {
+    "multi_head": {"num_key_value_heads": 4},
+    "multi_query": {"num_key_value_heads": 1},
+    "head_dim_100": {"head_dim": 100, "num_key_value_heads": 4},
+    "head_dim_48": {"head_dim": 48},
+    "tied": {"tie_word_embeddings": True},
+    "biased": {"attention_bias": True},
+    "scaled_rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fusion", ["gated", "joint"])
+def test_backbones(start_engine: Any, checkpoints: Any, tokens: list[int], shape: str, fusion: str) -> None:
+    model = checkpoints.memlong(shape=SHAPES[shape], fusion=fusion)
+    engine: Engine = start_engine(model)
+    reference = Reference(model)
+    for output in engine.generate(ragged(tokens)[:2], max_tokens=20):
+        assert_parity(output, reference, TINY)
+    engine.assert_empty()
