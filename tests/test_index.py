@@ -1,0 +1,118 @@
+"""The exact index of one sequence's chunks, against brute force in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memlong_vllm.retriever.index import ChunkIndex
+
+Vectors = list[np.ndarray]
+
+
+def random_units(seed: int, count: int, dimension: int) -> Vectors:
+    rows = np.random.default_rng(seed).standard_normal((count, dimension))
+    return list((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
+
+
+def build(vectors: Vectors) -> ChunkIndex:
+    index = ChunkIndex(len(vectors[0]))
+    for vector in vectors:
+        index.append(vector)
+    return index
+
+
+def brute_force(query: np.ndarray, vectors: Vectors, chunk_ids: list[int], k: int) -> list[int]:
+    scores = {c: float(vectors[c].astype(np.float64) @ query.astype(np.float64)) for c in chunk_ids if vectors[c].any()}
+    # Products of equal vectors are equal up to rounding in float64; different ones differ by more.
+    return sorted(scores, key=lambda c: (-round(scores[c], 12), c))[:k]
+
+
+def ids(found: list[tuple[int, float]]) -> list[int]:
+    return [chunk_id for chunk_id, _ in found]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 10_000), st.integers(1, 70), st.integers(1, 9), st.sampled_from([3, 17, 64, 384]))
+def test_the_best_of_any_eligible_subset(data: st.DataObject, seed: int, count: int, k: int, dimension: int) -> None:
+    """A few distinct vectors in any order, so that most of them are repeated, and some zeros."""
+    palette = [*random_units(seed, 4, dimension), np.zeros(dimension, np.float32)]
+    vectors = [palette[i] for i in np.random.default_rng(seed + 1).integers(0, len(palette), count)]
+    chunk_ids = sorted(data.draw(st.sets(st.integers(0, count - 1))))
+    (query,) = random_units(seed + 2, 1, dimension)
+    assert ids(build(vectors).search(query, chunk_ids, k)) == brute_force(query, vectors, chunk_ids, k)
+
+
+@pytest.mark.parametrize("dimension", [7, 64, 384, 1024])
+@pytest.mark.parametrize("seed", range(5))
+def test_distinct_vectors_in_the_order_of_their_exact_scores(seed: int, dimension: int) -> None:
+    vectors = random_units(seed, 300, dimension)
+    (query,) = random_units(seed + 100, 1, dimension)
+    chunk_ids = list(range(0, 300, 3))
+    exact = [float(vectors[c].astype(np.float64) @ query.astype(np.float64)) for c in chunk_ids]
+    found = build(vectors).search(query, chunk_ids, 8)
+    assert [score for _, score in found] == pytest.approx(sorted(exact, reverse=True)[:8], abs=1e-7)
+    assert all(score == pytest.approx(exact[chunk_id // 3], abs=1e-7) for chunk_id, score in found)
+
+
+@pytest.mark.parametrize("copies_at", [range(1, 200, 2), range(3, 200, 7), range(100, 200)])
+def test_many_equal_vectors_go_by_id(copies_at: range) -> None:
+    """FAISS adds up differently depending on a row's place; equal texts must tie all the same."""
+    vectors = random_units(0, 200, 100)
+    for chunk_id in copies_at:
+        vectors[chunk_id] = vectors[copies_at[0]]
+    query = vectors[copies_at[0]]
+    assert ids(build(vectors).search(query, list(range(200)), 8)) == list(copies_at[:8])
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, [4]), (2, [4, 1]), (3, [4, 1, 3]), (4, [4, 1, 3, 5])])
+def test_ties_at_the_last_place_go_to_the_lower_id(k: int, expected: list[int]) -> None:
+    best, tied = np.array([1, 0, 0], np.float32), np.array([0.6, 0.8, 0], np.float32)
+    index = build([best, tied, best, tied, best, tied])
+    assert ids(index.search(best, [1, 3, 4, 5], k)) == expected
+
+
+def test_equal_vectors_have_equal_scores() -> None:
+    (vector,), (query,) = random_units(3, 1, 384), random_units(4, 1, 384)
+    found = build([vector] * 50).search(query, list(range(50)), 50)
+    assert ids(found) == list(range(50))
+    assert len({score for _, score in found}) == 1
+
+
+@pytest.mark.parametrize("k", [1, 3, 100])
+def test_empty_texts_are_never_returned(k: int) -> None:
+    """Also where all others score below zero, as nothing does against a zero vector."""
+    (vector,) = random_units(5, 1, 16)
+    zero = np.zeros(16, np.float32)
+    index = build([zero, vector, zero, -vector, zero])
+    assert ids(index.search(-vector, [0, 1, 2, 4], k)) == [1]
+    assert ids(index.search(vector, [0, 2, 3], k)) == [3]
+    assert index.search(vector, [0, 2, 4], k) == []
+
+
+def test_an_empty_query_takes_the_lowest_ids() -> None:
+    vectors = random_units(6, 10, 8)
+    found = build(vectors).search(np.zeros(8, np.float32), [2, 5, 7, 9], 2)
+    assert found == [(2, 0.0), (5, 0.0)]
+
+
+def test_k_larger_than_what_there_is() -> None:
+    vectors = random_units(7, 5, 8)
+    found = build(vectors).search(vectors[2], [0, 2, 4], 64)
+    assert sorted(ids(found)) == [0, 2, 4]
+    assert found[0] == (2, pytest.approx(1.0, abs=1e-6))
+
+
+def test_nothing_eligible() -> None:
+    assert build(random_units(8, 3, 8)).search(np.ones(8, np.float32), [], 4) == []
+
+
+def test_length_counts_every_chunk() -> None:
+    index = ChunkIndex(4)
+    assert len(index) == 0
+    index.append(np.zeros(4, np.float32))
+    index.append(np.array([1, 0, 0, 0], np.float32))
+    assert len(index) == 2
+    assert index.search(np.array([1, 0, 0, 0], np.float32), [1], 1) == [(1, 1.0)]

@@ -1,0 +1,506 @@
+"""The ledger against a plain token-by-token model of the same rules, under random operations.
+
+The bank is imitated: every step's writes land in slots before its reads happen, as on a worker, so
+a slot that is reused too early shows up as a read of the wrong chunk.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from memlong_vllm.config import MemoryConfig
+from memlong_vllm.plan import ReadSpan, SequencePlan
+from memlong_vllm.reference.retrieval import SequenceMemory
+from memlong_vllm.retriever.index import ChunkIndex
+from memlong_vllm.scheduler.ledger import Forgotten, Ledger, LedgerError, Retrieved
+from memlong_vllm.scheduler.segments import Retrieval
+
+Span = tuple[int, int]
+Score = Callable[[Span, int], int]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> MemoryConfig:
+    chunk, stride = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return MemoryConfig(
+        memory_layer=0,
+        retrieval_layers=(0,),
+        chunk_size=chunk,
+        top_k=draw(st.integers(1, 4)),
+        memory_size=chunk * draw(st.one_of(st.integers(1, 6), st.integers(10, 21))),
+        local_window=chunk * draw(st.integers(stride, stride + 2)),
+        retrieval_stride=chunk * stride,
+        query_tokens=draw(st.integers(1, 7)),
+        query_scope=draw(st.sampled_from(["preceding", "current"])),
+    )
+
+
+def scorer(seed: int) -> Score:
+    """Scores 0 to 3, so that ties are common; some or most chunks have an empty text: -1."""
+    share_empty = random.Random(seed).choice((0.0, 0.15, 0.7))
+
+    def score(query: Span, chunk_id: int) -> int:
+        if random.Random(f"{seed} {chunk_id}").random() < share_empty:
+            return -1
+        return random.Random(f"{seed} {query} {chunk_id}").randrange(4)
+
+    return score
+
+
+def best(score: Score, query: Span, chunk_ids: list[int], top_k: int) -> list[int]:
+    ranked = sorted((-score(query, c), c) for c in chunk_ids if score(query, c) >= 0)
+    return [chunk_id for _, chunk_id in ranked[:top_k]]
+
+
+@dataclass
+class Text:
+    """A sequence and all that must happen to it, computed one token at a time.
+
+    Attributes:
+        attended: per token, the chunks it attends to and its local position.
+        events: ("retrieve", position, query, chunk ids) and ("forget", position, chunk ids).
+        counters: per number of tokens computed, the counter of every chunk held then.
+    """
+
+    config: MemoryConfig
+    prompt_len: int
+    length: int
+    score: Score
+    attended: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+    events: list[tuple[object, ...]] = field(default_factory=list)
+    counters: list[dict[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        held: dict[int, int] = {}
+        current: tuple[int, ...] = ()
+        self.counters.append({})
+        for token in range(self.length):
+            for query in self._queries(token):
+                current = self._retrieve(token, query, held) or ()
+            window_start = self._segment(token) + self.config.retrieval_stride - self.config.local_window
+            self.attended.append((current, token - max(0, window_start) + 1))
+            if (token + 1) % self.config.chunk_size == 0:
+                self._store((token + 1) // self.config.chunk_size - 1, held)
+            self.counters.append(dict(held))
+
+    def _segment(self, token: int) -> int:
+        return token - token % self.config.retrieval_stride
+
+    def _queries(self, token: int) -> list[Span]:
+        size, stride = self.config.query_tokens, self.config.retrieval_stride
+        queries = []
+        if token % stride == 0:
+            is_own = self.config.query_scope == "current" and token + stride <= self.prompt_len
+            queries.append((token, token + stride) if is_own else (max(0, token - size), token))
+        if token == self.prompt_len - 1:
+            queries.append((max(0, self.prompt_len - size), self.prompt_len))
+        return queries
+
+    def _retrieve(self, token: int, query: Span, held: dict[int, int]) -> tuple[int, ...]:
+        config, segment = self.config, self._segment(token)
+        bound = segment + config.retrieval_stride - config.local_window
+        eligible = [c for c in held if (c + 1) * config.chunk_size <= bound]
+        found = best(self.score, query, eligible, config.top_k)
+        for chunk_id in found:
+            held[chunk_id] += 1
+        if found:
+            self.events.append(("retrieve", token, query, tuple(sorted(found))))
+        return tuple(sorted(found))
+
+    def _store(self, chunk_id: int, held: dict[int, int]) -> None:
+        capacity = self.config.memory_size // self.config.chunk_size
+        if len(held) + 1 > capacity:
+            ids = sorted(held)
+            tenth = len(ids) // 10
+            gone = ids[:tenth]
+            middle = sorted(ids[tenth : len(ids) - tenth], key=lambda c: (held[c], c))
+            while len(ids) - len(gone) > capacity // 2:
+                gone.append(middle.pop(0))
+            for forgotten in gone:
+                del held[forgotten]
+            if gone:
+                self.events.append(("forget", (chunk_id + 1) * self.config.chunk_size, tuple(sorted(gone))))
+        held[chunk_id] = 0
+
+
+class Bank:
+    """What each slot holds: owner and token of every place in it."""
+
+    def __init__(self, num_slots: int, chunk_size: int) -> None:
+        self.places: list[list[tuple[str, int] | None]] = [[None] * chunk_size for _ in range(num_slots)]
+        self.chunk_size = chunk_size
+
+    def write(self, plan: SequencePlan) -> None:
+        for token in range(plan.start, plan.end):
+            slot = plan.write_slots[token // self.chunk_size - plan.first_chunk]
+            self.places[slot][token % self.chunk_size] = (plan.request_id, token)
+
+    def chunk_in(self, slot: int, request_id: str) -> int:
+        """The chunk of ``request_id`` that fills the slot; fails unless it is all there."""
+        first = self.places[slot][0]
+        assert first is not None
+        assert self.places[slot] == [(request_id, first[1] + offset) for offset in range(self.chunk_size)]
+        assert first[1] % self.chunk_size == 0
+        return first[1] // self.chunk_size
+
+    def attended(self, plan: SequencePlan) -> list[tuple[tuple[int, ...], int | None]]:
+        """Per token of the plan, chunks read (ascending) and local position (None: no memory)."""
+        result: list[tuple[tuple[int, ...], int | None]] = [((), None)] * (plan.end - plan.start)
+        cursor = plan.start
+        for span in plan.reads:
+            assert cursor <= span.start < span.end <= plan.end
+            cursor = span.end
+            chunk_ids = tuple(self.chunk_in(slot, plan.request_id) for slot in span.slots)
+            for token in range(span.start, span.end):
+                result[token - plan.start] = chunk_ids, token - span.origin
+        return result
+
+
+def searcher(text: Text) -> Callable[[Retrieval, list[int]], list[tuple[int, float]]]:
+    def search(retrieval: Retrieval, chunk_ids: list[int]) -> list[tuple[int, float]]:
+        found = best(text.score, retrieval.query, chunk_ids, text.config.top_k)
+        return [(chunk_id, float(text.score(retrieval.query, chunk_id))) for chunk_id in found]
+
+    return search
+
+
+def as_plain(events: list[Retrieved | Forgotten]) -> list[tuple[object, ...]]:
+    plain: list[tuple[object, ...]] = []
+    for event in events:
+        if isinstance(event, Forgotten):
+            plain.append(("forget", event.position, event.chunk_ids))
+        elif event.chunk_ids:
+            plain.append(("retrieve", event.retrieval.position, event.retrieval.query, event.chunk_ids))
+    return plain
+
+
+def expected_attended(text: Text, start: int, end: int) -> list[tuple[tuple[int, ...], int | None]]:
+    return [(ids, place if ids else None) for ids, place in text.attended[start:end]]
+
+
+def counters_of(ledger: Ledger, request_id: str) -> dict[int, int]:
+    return {chunk_id: chunk.count for chunk_id, chunk in ledger._handles[request_id].chunks.items()}
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Sequences come, advance by arbitrary cuts, are preempted and replayed, and finish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: dict[str, Text] = {}
+        self.events: dict[str, list[tuple[object, ...]]] = {}
+        self.positions: dict[str, int] = {}
+        self.preempted: list[str] = []
+
+    @initialize(config=configs(), max_step=st.integers(1, 12), num_slots=st.integers(8, 40))
+    def make_ledger(self, config: MemoryConfig, max_step: int, num_slots: int) -> None:
+        self.ledger = Ledger(config, num_slots, max_step)
+        self.bank = Bank(num_slots, config.chunk_size)
+        self.max_step = max_step
+
+    @rule(prompt_len=st.integers(1, 60), answer_len=st.integers(0, 60), seed=st.integers(0, 1000))
+    def arrive(self, prompt_len: int, answer_len: int, seed: int) -> None:
+        request_id = f"r{len(self.texts)}"
+        text = Text(self.ledger.config, prompt_len, prompt_len + answer_len, scorer(seed))
+        self.texts[request_id] = text
+        self._open(request_id)
+
+    @precondition(lambda self: self.preempted)
+    @rule()
+    def resume(self) -> None:
+        self._open(self.preempted.pop(0))
+
+    def _open(self, request_id: str) -> None:
+        text = self.texts[request_id]
+        if not self.ledger.can_open(text.length):
+            with pytest.raises(LedgerError):
+                self.ledger.open(request_id, text.prompt_len, text.length)
+            return
+        self.ledger.open(request_id, text.prompt_len, text.length)
+        self.positions[request_id] = 0
+        self.events[request_id] = []
+
+    @precondition(lambda self: self.positions)
+    @rule(data=st.data(), num_steps=st.integers(1, 6))
+    def step(self, data: st.DataObject, num_steps: int) -> None:
+        lengths = st.one_of(st.just(0), st.just(1), st.just(self.max_step), st.integers(0, self.max_step))
+        for _ in range(num_steps):
+            self._step({request_id: data.draw(lengths) for request_id in sorted(self.positions)})
+
+    def _step(self, lengths: dict[str, int]) -> None:
+        self.ledger.free_retired()
+        plans = []
+        for request_id, length in lengths.items():
+            start = self.positions[request_id]
+            end = min(self.texts[request_id].length, start + length)
+            if end > start:
+                plan, events = self.ledger.advance(request_id, start, end, searcher(self.texts[request_id]))
+                plans.append(plan)
+                self.events[request_id] += as_plain(events)
+                self.positions[request_id] = end
+        for plan in plans:
+            self.bank.write(plan)
+        for plan in plans:
+            assert plan.first_chunk == plan.start // self.ledger.config.chunk_size
+            text = self.texts[plan.request_id]
+            assert self.bank.attended(plan) == expected_attended(text, plan.start, plan.end)
+            assert counters_of(self.ledger, plan.request_id) == text.counters[plan.end]
+
+    @precondition(lambda self: self.positions)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.positions)))
+        self._check_events(request_id)
+        self._close(request_id)
+        self.preempted.append(request_id)
+
+    @precondition(lambda self: self.positions)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.positions)))
+        self._check_events(request_id)
+        self._close(request_id)
+
+    def _check_events(self, request_id: str) -> None:
+        """What happened up to here is what the text says, whatever the cuts and replays were."""
+        position, expected = self.positions[request_id], self.texts[request_id].events
+        # A forgetting happens when the token before its position has been computed.
+        reached = [e for e in expected if e[1] < position or (e[0] == "forget" and e[1] == position)]
+        assert self.events[request_id] == reached
+
+    def _close(self, request_id: str) -> None:
+        self.ledger.close(request_id)
+        del self.positions[request_id]
+
+    @precondition(lambda self: self.positions)
+    @rule(data=st.data(), shift=st.integers(1, 5))
+    def misuse(self, data: st.DataObject, shift: int) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.positions)))
+        text, position = self.texts[request_id], self.positions[request_id]
+        for start, end in ((position + shift, position + shift + 1), (position - shift, position + 1), (position,) * 2):
+            with pytest.raises(LedgerError):
+                self.ledger.advance(request_id, start, end, searcher(text))
+        with pytest.raises(LedgerError):
+            self.ledger.open(request_id, text.prompt_len, text.length)
+
+    @invariant()
+    def every_slot_has_one_owner(self) -> None:
+        if hasattr(self, "ledger"):
+            self.ledger.check()
+            assert self.ledger.request_ids == set(self.positions)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        for request_id in sorted(self.positions):
+            self._check_events(request_id)
+            self._close(request_id)
+        self.ledger.check()
+        assert self.ledger.num_free_slots == self.ledger.num_slots
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
+
+
+def make_config(**fields: object) -> MemoryConfig:
+    base = {"memory_layer": 0, "retrieval_layers": (0,), "chunk_size": 2, "top_k": 2, "memory_size": 8}
+    base |= {"local_window": 2, "retrieval_stride": 2, "query_tokens": 2}
+    return MemoryConfig(**{**base, **fields})  # type: ignore[arg-type]
+
+
+def run(text: Text, borders: list[int], max_step: int) -> tuple[list[object], list[tuple[object, ...]]]:
+    """A sequence alone in a bank that is just large enough, cut at ``borders``."""
+    config = text.config
+    ledger = Ledger(config, Ledger(config, 0, max_step).num_slots_needed(text.length), max_step)
+    ledger.open("r", text.prompt_len, text.length)
+    bank = Bank(ledger.num_slots, config.chunk_size)
+    attended: list[object] = []
+    happened: list[tuple[object, ...]] = []
+    for start, end in zip(borders, borders[1:], strict=False):
+        ledger.free_retired()
+        plan, events = ledger.advance("r", start, end, searcher(text))
+        bank.write(plan)
+        attended += bank.attended(plan)
+        happened += as_plain(events)
+        ledger.check()
+    return attended, happened
+
+
+@st.composite
+def cuts_of(draw: st.DrawFn, length: int) -> list[int]:
+    """Borders of the steps of a sequence: anywhere, or equal steps from some token on."""
+    if draw(st.booleans()):
+        inner = draw(st.sets(st.integers(1, length), max_size=12))
+    else:
+        size = draw(st.integers(1, 7))
+        inner = set(range(draw(st.integers(1, size)), length, size))
+    return [0, *sorted({*inner, length})]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), configs(), st.integers(1, 90), st.integers(1, 60), st.integers(0, 99))
+def test_a_whole_run_is_independent_of_its_cuts(
+    data: st.DataObject, config: MemoryConfig, length: int, prompt_len: int, seed: int
+) -> None:
+    text = Text(config, min(prompt_len, length), length, scorer(seed))
+    borders = data.draw(cuts_of(length))
+    longest = max(end - start for start, end in zip(borders, borders[1:], strict=False))
+    cut = run(text, borders, longest)
+    assert cut == run(text, [0, length], length)
+    assert cut == run(text, [*range(length + 1)], 1)
+    assert cut == (expected_attended(text, 0, length), text.events)
+
+
+def test_the_plain_model_forgets_and_retrieves() -> None:
+    """The random tests above are worth something: their model does meet the interesting cases."""
+    text = Text(make_config(), 30, 60, scorer(0))
+    kinds = Counter(event[0] for event in text.events)
+    assert kinds["forget"] > 5
+    assert kinds["retrieve"] > 20
+    assert max(max(held.values(), default=0) for held in text.counters) > 1
+
+
+def first_always(retrieval: Retrieval, chunk_ids: list[int]) -> list[tuple[int, float]]:
+    return [(chunk_id, 1.0) for chunk_id in chunk_ids[:2]]
+
+
+def test_a_chunk_is_written_and_read_in_one_step() -> None:
+    ledger = Ledger(make_config(), 8, 8)
+    ledger.open("r", 100, 8)
+    plan, _ = ledger.advance("r", 0, 6, first_always)
+    assert plan.reads == (ReadSpan(2, 4, plan.write_slots[:1], 1), ReadSpan(4, 6, plan.write_slots[:2], 3))
+
+
+def test_a_forgotten_slot_is_not_reused_while_the_set_in_use_reads_it() -> None:
+    """One segment of three chunks: memory overflows while its set, retrieved before, lives on."""
+    config = make_config(memory_size=4, local_window=6, retrieval_stride=6)
+    text = Text(config, 100, 40, lambda query, chunk_id: 1)
+    attended, events = run(text, [*range(41)], 1)
+    assert any(event[0] == "forget" for event in events)
+    assert any(set(text.attended[t][0]) - set(text.counters[t]) for t in range(40)), "a set outlives its chunks"
+    assert attended == expected_attended(text, 0, 40)
+
+
+def test_forgotten_slots_that_are_still_read_are_part_of_the_reservation() -> None:
+    """Two chunks begun in a step, one held, and one forgotten that the long segment still reads."""
+    config = make_config(memory_size=2, top_k=1, local_window=6, retrieval_stride=6)
+    text = Text(config, 100, 40, lambda query, chunk_id: 1)
+    attended, _ = run(text, [0, *range(1, 40, 2), 40], 2)
+    assert attended == expected_attended(text, 0, 40)
+
+
+def test_open_refuses_what_does_not_fit() -> None:
+    ledger = Ledger(make_config(), 8, 2)
+    assert ledger.num_slots_needed(10) == 5
+    ledger.open("a", 1, 10)
+    assert not ledger.can_open(10)
+    assert ledger.can_open(6)
+    with pytest.raises(LedgerError, match="too few slots"):
+        ledger.open("b", 1, 10)
+    ledger.open("b", 1, 6)
+    ledger.close("a")
+    assert ledger.can_open(10)
+
+
+def test_closing_twice_or_unknown_changes_nothing() -> None:
+    ledger = Ledger(make_config(), 8, 4)
+    ledger.open("r", 10, 8)
+    ledger.advance("r", 0, 3, first_always)
+    assert ledger.num_free_slots == 6
+    ledger.close("r")
+    ledger.close("r")
+    ledger.close("unknown")
+    assert ledger.num_free_slots == 8
+    assert ledger.can_open(16)
+    ledger.check()
+
+
+def test_check_notices_a_lost_slot() -> None:
+    ledger = Ledger(make_config(), 8, 4)
+    ledger._free.pop()
+    with pytest.raises(LedgerError, match="lost or are owned twice"):
+        ledger.check()
+
+
+# The reference's own memory, written independently, must agree with the ledger.
+
+
+def embed(token_ids: list[int]) -> torch.Tensor:
+    """Unit vectors of multiples of one half: products are exact, ties frequent. One text in eight
+    is "empty"."""
+    generator = random.Random(str(tuple(token_ids)))
+    if generator.random() < 0.125:
+        return torch.zeros(4)
+    return torch.tensor([generator.choice((-0.5, 0.5)) for _ in range(4)])
+
+
+def index_searcher(config: MemoryConfig, token_ids: list[int]) -> Callable[..., list[tuple[int, float]]]:
+    index, size = ChunkIndex(4), config.chunk_size
+    for first in range(0, len(token_ids) - size + 1, size):
+        index.append(embed(token_ids[first : first + size]).numpy())
+
+    def search(retrieval: Retrieval, chunk_ids: list[int]) -> list[tuple[int, float]]:
+        query: np.ndarray = embed(token_ids[slice(*retrieval.query)]).numpy()
+        return index.search(query, chunk_ids, config.top_k)
+
+    return search
+
+
+def ledger_attended(config: MemoryConfig, token_ids: list[int], prompt_len: int, borders: list[int]) -> list[object]:
+    length, search = len(token_ids), index_searcher(config, token_ids)
+    ledger, bank = Ledger(config, 200, length), Bank(200, config.chunk_size)
+    ledger.open("r", prompt_len, length)
+    attended: list[object] = []
+    for start, end in zip(borders, borders[1:], strict=False):
+        ledger.free_retired()
+        plan, _ = ledger.advance("r", start, end, search)
+        bank.write(plan)
+        attended += bank.attended(plan)
+    return [*attended, counters_of(ledger, "r")]
+
+
+def reference_attended(config: MemoryConfig, token_ids: list[int], prompt_len: int, borders: list[int]) -> list[object]:
+    memory = SequenceMemory(config, embed, prompt_len)
+    attended: list[object] = [((), None)] * len(token_ids)
+    for start, end in zip(borders, borders[1:], strict=False):
+        for span in memory.extend(token_ids[start:end]):
+            for token in range(span.start, span.end):
+                attended[token] = span.chunk_ids, token - span.origin
+    if len(token_ids) % config.chunk_size == 0:
+        # The reference stores a chunk when the next token comes, the ledger when its last is planned.
+        memory._store(len(token_ids) // config.chunk_size - 1)
+    return [*attended, memory.counts]
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data(), configs(), st.integers(1, 70), st.integers(1, 60), st.integers(0, 999))
+def test_reference_memory_agrees_with_the_ledger(
+    data: st.DataObject, config: MemoryConfig, length: int, prompt_len: int, seed: int
+) -> None:
+    token_ids = [random.Random(f"{seed} {i}").randrange(3) for i in range(length)]
+    prompt_len = min(prompt_len, length)
+    ours = data.draw(st.sets(st.integers(1, length), max_size=6)) | {length}
+    # The reference takes the prompt in one piece.
+    theirs = data.draw(st.sets(st.integers(prompt_len, length), max_size=6)) | {prompt_len, length}
+    expected = reference_attended(config, token_ids, prompt_len, [0, *sorted(theirs)])
+    assert ledger_attended(config, token_ids, prompt_len, [0, *sorted(ours)]) == expected
+
+
+def test_reference_memory_and_ledger_meet_forgetting_and_ties() -> None:
+    config = make_config(memory_size=10, top_k=3)
+    token_ids = [random.Random(i).randrange(3) for i in range(80)]
+    *attended, counts = reference_attended(config, token_ids, 41, [0, 41, 80])
+    assert len(counts) <= 5
+    assert len({chunk_ids for chunk_ids, _ in attended}) > 10
+    assert ledger_attended(config, token_ids, 41, [*range(81)]) == [*attended, counts]

@@ -1,0 +1,329 @@
+"""The retriever service, with a real embedder made for these tests: hashed bags of words."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from memlong_vllm.retriever.service import RetrieverService, Span
+
+DIMENSION = 16
+DEADLINE_S = 20.0
+
+
+class BagOfWords:
+    """Embeds a text as the normalised counts of its words, hashed to 16 places.
+
+    A call waits while ``gate`` is closed. Texts with the word ``BAD`` raise, those with ``NAN``
+    have a vector that is not finite, those with ``WIDE`` make the whole call's shape wrong.
+
+    Attributes:
+        calls: the texts of every call.
+        entered: set by the first call, also while it waits.
+    """
+
+    dimension = DIMENSION
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        self.calls.append(list(texts))
+        self.entered.set()
+        assert self.gate.wait(DEADLINE_S)
+        if any("BAD" in text for text in texts):
+            raise RuntimeError("cannot embed BAD")
+        vectors = np.stack([self.vector(text) for text in texts])
+        return vectors[:, :-1] if any("WIDE" in text for text in texts) else vectors
+
+    @staticmethod
+    def vector(text: str) -> np.ndarray:
+        vector = np.zeros(DIMENSION, np.float32)
+        for word in text.split():
+            vector[zlib.crc32(word.encode()) % DIMENSION] += 1
+        return vector * np.nan if "NAN" in text else vector / np.linalg.norm(vector)
+
+
+WORDS = {-1: "BAD", -2: "NAN", -3: "WIDE", -4: "UNDECODABLE"}
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """Token 0 is special: it has no text."""
+    if -4 in token_ids:
+        raise ValueError("no such token")
+    return " ".join(WORDS.get(token_id, f"w{token_id}") for token_id in token_ids if token_id)
+
+
+def text_vector(*token_ids: int) -> np.ndarray:
+    return BagOfWords.vector(decode(token_ids))
+
+
+class Client:
+    """A service and what came out of it so far, by request."""
+
+    def __init__(self, **options: object) -> None:
+        self.embedder = BagOfWords()
+        settings = {"instruction": None, "batch_size": 1, "cache_size": 100, **options}
+        self.service = RetrieverService(self.embedder, decode, **settings)  # type: ignore[arg-type]
+        self.results: dict[str, dict[Span, np.ndarray]] = {}
+        self.failures: dict[str, str] = {}
+
+    def submit(self, request_id: str, *texts: tuple[int, ...], priority: int = RetrieverService.PREFILL) -> None:
+        """Texts as token ids; the i-th has the span (i, i + 1)."""
+        self.service.submit(request_id, {(i, i + 1): ids for i, ids in enumerate(texts)}, priority)
+
+    def until(self, condition: Callable[[], bool], *request_ids: str) -> None:
+        """Collect results of ``request_ids`` until ``condition`` holds; fails at a deadline."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            for request_id in request_ids:
+                self.results.setdefault(request_id, {}).update(self.service.take_results(request_id))
+            self.failures |= self.service.take_failures()
+            if condition():
+                return
+            assert time.monotonic() < deadline, (self.results, self.failures)
+            # Returns when something finishes; the bound covers what finished just before the call.
+            self.service.wait(0.05)
+
+    def collect(self, **num_spans: int) -> None:
+        """Until each request has so many embeddings."""
+        self.until(lambda: all(len(self.results[r]) == n for r, n in num_spans.items()), *num_spans)
+
+    def hold(self) -> None:
+        """Keep the service busy with a text of nobody, so that what comes next queues up."""
+        self.embedder.gate.clear()
+        self.submit("nobody", (999,))
+        assert self.embedder.entered.wait(DEADLINE_S)
+
+    def release(self) -> None:
+        self.embedder.gate.set()
+
+    @property
+    def texts_embedded(self) -> list[str]:
+        return [text for call in self.embedder.calls for text in call]
+
+
+@pytest.fixture
+def make_client() -> Iterator[Callable[..., Client]]:
+    clients: list[Client] = []
+
+    def make(**options: object) -> Client:
+        clients.append(Client(**options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.release()
+        client.service.shutdown()
+
+
+MakeClient = Callable[..., Client]
+
+
+def test_every_span_gets_the_vector_of_its_text(make_client: MakeClient) -> None:
+    client = make_client()
+    client.submit("a", (1, 2, 3), (4, 5), (1, 1, 0))
+    client.collect(a=3)
+    assert set(client.results["a"]) == {(0, 1), (1, 2), (2, 3)}
+    np.testing.assert_array_equal(client.results["a"][0, 1], text_vector(1, 2, 3))
+    np.testing.assert_array_equal(client.results["a"][1, 2], text_vector(4, 5))
+    np.testing.assert_array_equal(client.results["a"][2, 3], text_vector(1, 1))
+    assert client.results["a"][0, 1].dtype == np.float32
+    assert client.failures == {}
+
+
+def test_results_are_taken_once(make_client: MakeClient) -> None:
+    client = make_client()
+    client.submit("a", (1,))
+    client.collect(a=1)
+    assert client.service.take_results("a") == {}
+    assert client.service.take_results("unknown") == {}
+
+
+def test_one_call_embeds_texts_of_several_requests(make_client: MakeClient) -> None:
+    client = make_client(batch_size=4)
+    client.hold()
+    client.submit("a", (1,), (2,))
+    client.submit("b", (3,), (4,), (5,))
+    client.release()
+    client.collect(a=2, b=3)
+    assert client.embedder.calls == [["w999"], ["w1", "w2", "w3", "w4"], ["w5"]]
+    np.testing.assert_array_equal(client.results["b"][0, 1], text_vector(3))
+
+
+def test_decoding_requests_go_before_prefills_then_first_come_first(make_client: MakeClient) -> None:
+    client = make_client()
+    client.hold()
+    client.submit("p", (1,), (2,))
+    client.submit("q", (3,))
+    client.submit("d", (4,), (5,), priority=RetrieverService.DECODING)
+    client.release()
+    client.collect(p=2, q=1, d=2)
+    assert client.texts_embedded == ["w999", "w4", "w5", "w1", "w2", "w3"]
+
+
+def test_pending_counts_what_is_queued(make_client: MakeClient) -> None:
+    client = make_client()
+    client.hold()
+    client.submit("a", (1,), (2,), (3,))
+    assert client.service.num_pending() == 3
+    client.release()
+    client.collect(a=3)
+    assert client.service.num_pending() == 0
+
+
+def test_equal_texts_are_embedded_once_and_are_bitwise_equal(make_client: MakeClient) -> None:
+    client = make_client(batch_size=8)
+    client.hold()
+    client.submit("a", (1, 2), (3,), (1, 0, 2))
+    client.submit("b", (1, 2))
+    client.release()
+    client.collect(a=3, b=1)
+    client.submit("c", (3,), (1, 2))
+    client.collect(c=2)
+    assert sorted(client.texts_embedded) == ["w1 w2", "w3", "w999"]
+    equal = [client.results["a"][0, 1], client.results["a"][2, 3], client.results["b"][0, 1], client.results["c"][1, 2]]
+    assert len({vector.tobytes() for vector in equal}) == 1
+
+
+def test_cache_forgets_the_text_used_longest_ago(make_client: MakeClient) -> None:
+    client = make_client(cache_size=2)
+    client.submit("a", (1,), (2,), (1,), (3,), (1,), (2,))
+    client.collect(a=6)
+    assert client.texts_embedded == ["w1", "w2", "w3", "w2"]
+
+
+def test_a_batch_larger_than_the_cache(make_client: MakeClient) -> None:
+    client = make_client(batch_size=4, cache_size=1)
+    client.hold()
+    client.submit("a", (1,), (2,), (3,), (1,))
+    client.release()
+    client.collect(a=4)
+    assert client.embedder.calls[1:] == [["w1", "w2", "w3"]]
+    np.testing.assert_array_equal(client.results["a"][3, 4], text_vector(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_empty_texts_are_zeros_without_the_embedder(make_client: MakeClient, batch_size: int) -> None:
+    client = make_client(batch_size=batch_size, instruction="find: ")
+    client.hold()
+    client.submit("a", (0, 0), (1,), ())
+    client.release()
+    client.collect(a=3)
+    assert client.texts_embedded == ["find: w999", "find: w1"]
+    assert not client.results["a"][0, 1].any()
+    assert not client.results["a"][2, 3].any()
+    assert client.results["a"][0, 1].shape == (DIMENSION,)
+    assert client.results["a"][1, 2].any()
+
+
+def test_instruction_stands_before_every_text(make_client: MakeClient) -> None:
+    client = make_client(instruction="query: ")
+    client.submit("a", (1,), (2,))
+    client.collect(a=2)
+    assert client.texts_embedded == ["query: w1", "query: w2"]
+    np.testing.assert_array_equal(client.results["a"][0, 1], BagOfWords.vector("query: w1"))
+
+
+FAULTS = {
+    "raises": (-1, "RuntimeError: cannot embed BAD"),
+    "not finite": (-2, "ValueError: the embedder returned a vector that is not finite"),
+    "wrong shape": (-3, "ValueError: the embedder returned shape (1, 15) for 1 texts"),
+    "cannot be decoded": (-4, "ValueError: no such token"),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failing_text_fails_only_its_owner(make_client: MakeClient, fault: str, batch_size: int) -> None:
+    token_id, reason = FAULTS[fault]
+    client = make_client(batch_size=batch_size)
+    client.hold()
+    client.submit("a", (1,), (2,))
+    client.submit("bad", (3,), (token_id, 4))
+    client.submit("c", (5,), (6,))
+    client.release()
+    client.until(lambda: bool(client.failures) and len(client.results["c"]) == 2, "a", "bad", "c")
+    assert client.failures == {"bad": reason}
+    assert len(client.results["a"]) == 2
+    np.testing.assert_array_equal(client.results["c"][1, 2], text_vector(6))
+    assert (1, 2) not in client.results["bad"]
+
+
+def test_a_failure_is_not_remembered(make_client: MakeClient) -> None:
+    """Neither the text nor the service is spoiled by it, and each failure is told once."""
+    client = make_client()
+    client.submit("a", (-1,))
+    client.until(lambda: "a" in client.failures, "a")
+    assert client.service.take_failures() == {}
+    client.submit("b", (-1,))
+    client.submit("c", (1,))
+    client.until(lambda: "b" in client.failures and len(client.results["c"]) == 1, "c")
+
+
+def test_cancel_drops_queued_spans_and_results(make_client: MakeClient) -> None:
+    client = make_client()
+    client.submit("a", (1,))
+    client.until(lambda: client.service.num_pending() == 0)
+    client.embedder.entered.clear()
+    client.hold()
+    client.submit("a", (2,), (3,))
+    client.submit("b", (4,))
+    client.service.cancel("a")
+    assert client.service.num_pending() == 1
+    client.release()
+    client.collect(b=1)
+    assert client.service.take_results("a") == {}
+    assert client.texts_embedded == ["w1", "w999", "w4"]
+
+
+def test_cancelling_a_request_whose_text_is_being_embedded(make_client: MakeClient) -> None:
+    client = make_client()
+    client.embedder.gate.clear()
+    client.submit("a", (1,))
+    assert client.embedder.entered.wait(DEADLINE_S)
+    client.service.cancel("a")
+    client.service.cancel("unknown")
+    client.submit("b", (2,))
+    client.release()
+    client.collect(b=1)
+    assert client.service.take_results("a") == {}
+
+
+def test_wait_returns_when_something_finishes(make_client: MakeClient) -> None:
+    client = make_client()
+    client.hold()
+
+    def wait() -> None:
+        # The service needs this lock to note a result, so nothing finishes before wait gives it up.
+        with client.service._changed:
+            client.release()
+            client.service.wait(3600)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(DEADLINE_S)
+    assert not waiting.is_alive()
+
+
+def test_shutdown_ends_the_thread_and_leaves_the_queue(make_client: MakeClient) -> None:
+    client = make_client()
+    client.hold()
+    client.submit("a", (1,), (2,))
+    stopping = threading.Thread(target=client.service.shutdown, daemon=True)
+    stopping.start()
+    client.until(lambda: client.service._stopping)
+    client.release()
+    stopping.join(DEADLINE_S)
+    assert not stopping.is_alive()
+    assert not client.service._thread.is_alive()
+    assert client.texts_embedded == ["w999"]
+    client.service.shutdown()
