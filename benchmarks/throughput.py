@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from backbones import plain_backbone
-from memlong_vllm.demo_model import demo_checkpoint
 
 from memlong_vllm.config import MemLongConfig
+from memlong_vllm.demo_model import demo_checkpoint
 
 DOCUMENT = Path(__file__).parent.parent / "examples" / "data" / "doyle_lost_world.txt"
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 from vllm import LLM, RequestOutput, SamplingParams
-from vllm.sampling_params import RequestOutputKind
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.sampling_params import RequestOutputKind
 
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM, text_embedder

@@ -105,8 +105,8 @@ def test_refusals(checkpoints: Any, tmp_path: Path) -> None:
         convert(checkpoints.base(), tmp_path / "full")
     with pytest.raises(MemoryConfigError, match=r"memlong\.top_k = 'many'"):
         convert(checkpoints.base(), tmp_path / "out", settings=MEMORY | {"top_k": "many"})
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConversionError, match="dynamic"):
-        dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         memlong_config(LlamaConfig(rope_parameters=dynamic), preset("paper", 32, 2048), None)
     other = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=len(checkpoints.tokenizer))
     GPT2LMHeadModel(other).save_pretrained(tmp_path / "gpt2")

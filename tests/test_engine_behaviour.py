@@ -179,7 +179,7 @@ def test_a_checkpoint_without_gates_is_refused(start_engine: Any, checkpoints: A
     weights = load_file(source / "model.safetensors")
     kept = {name: weights[name] for name in weights if ".memory_gate" not in name}
     save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 3 memory parameters.*memory_gate"):
+    with pytest.raises(ValueError, match=r"lacks 3 memory parameters.*memory_gate"):
         start_engine(broken)
 
 

@@ -87,7 +87,7 @@ def test_another_vllm_version_is_refused() -> None:
 def test_an_untested_version_stops_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(vllm, "__version__", "0.31.0")
-        with pytest.raises(RuntimeError, match="does not support vLLM 0.31.0"):
+        with pytest.raises(RuntimeError, match=r"does not support vLLM 0\.31\.0"):
             importlib.reload(engine_patches)
     importlib.reload(engine_patches)
 

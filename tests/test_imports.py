@@ -212,7 +212,8 @@ def test_import_statements_are_read_right(code: str, module: str, expected: set[
 
 
 def test_lazy_and_typing_imports_are_told_apart() -> None:
-    code = "import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\nelse:\n    import d\nclass K:\n    import e\n"
+    code = "import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\n"
+    code += "else:\n    import d\nclass K:\n    import e\n"
     tree = ast.parse(code)
 
     def found(**which: bool) -> list[str]:

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,11 +23,23 @@ from memlong_vllm.config import MemoryConfig
 from memlong_vllm.plan import ReadSpan, SequencePlan
 from memlong_vllm.reference.retrieval import SequenceMemory
 from memlong_vllm.retriever.index import ChunkIndex
-from memlong_vllm.scheduler.ledger import Forgotten, Ledger, LedgerError, Retrieved
+from memlong_vllm.scheduler.ledger import Forgotten, Ledger, LedgerError, Retrieved, Search
 from memlong_vllm.scheduler.segments import Retrieval
 
 Span = tuple[int, int]
 Score = Callable[[Span, int], int]
+Event = tuple[object, ...]
+Attended = tuple[tuple[int, ...], int | None]
+"""Chunks a token attends to, ascending, and its local position (None: no memory)."""
+
+
+@dataclass
+class Run:
+    """What became of a sequence: per token what it attended to, events, and counters at the end."""
+
+    attended: list[Attended] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    counters: dict[int, int] = field(default_factory=dict)
 
 
 @st.composite
@@ -77,7 +90,7 @@ class Text:
     length: int
     score: Score
     attended: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
-    events: list[tuple[object, ...]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     counters: list[dict[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -153,9 +166,9 @@ class Bank:
         assert first[1] % self.chunk_size == 0
         return first[1] // self.chunk_size
 
-    def attended(self, plan: SequencePlan) -> list[tuple[tuple[int, ...], int | None]]:
-        """Per token of the plan, chunks read (ascending) and local position (None: no memory)."""
-        result: list[tuple[tuple[int, ...], int | None]] = [((), None)] * (plan.end - plan.start)
+    def attended(self, plan: SequencePlan) -> list[Attended]:
+        """What each token of the plan attends to."""
+        result: list[Attended] = [((), None)] * (plan.end - plan.start)
         cursor = plan.start
         for span in plan.reads:
             assert cursor <= span.start < span.end <= plan.end
@@ -166,7 +179,7 @@ class Bank:
         return result
 
 
-def searcher(text: Text) -> Callable[[Retrieval, list[int]], list[tuple[int, float]]]:
+def searcher(text: Text) -> Search:
     def search(retrieval: Retrieval, chunk_ids: list[int]) -> list[tuple[int, float]]:
         found = best(text.score, retrieval.query, chunk_ids, text.config.top_k)
         return [(chunk_id, float(text.score(retrieval.query, chunk_id))) for chunk_id in found]
@@ -174,8 +187,8 @@ def searcher(text: Text) -> Callable[[Retrieval, list[int]], list[tuple[int, flo
     return search
 
 
-def as_plain(events: list[Retrieved | Forgotten]) -> list[tuple[object, ...]]:
-    plain: list[tuple[object, ...]] = []
+def as_plain(events: list[Retrieved | Forgotten]) -> list[Event]:
+    plain: list[Event] = []
     for event in events:
         if isinstance(event, Forgotten):
             plain.append(("forget", event.position, event.chunk_ids))
@@ -184,7 +197,7 @@ def as_plain(events: list[Retrieved | Forgotten]) -> list[tuple[object, ...]]:
     return plain
 
 
-def expected_attended(text: Text, start: int, end: int) -> list[tuple[tuple[int, ...], int | None]]:
+def expected_attended(text: Text, start: int, end: int) -> list[Attended]:
     return [(ids, place if ids else None) for ids, place in text.attended[start:end]]
 
 
@@ -198,7 +211,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.texts: dict[str, Text] = {}
-        self.events: dict[str, list[tuple[object, ...]]] = {}
+        self.events: dict[str, list[Event]] = {}
         self.positions: dict[str, int] = {}
         self.preempted: list[str] = []
 
@@ -319,22 +332,30 @@ def make_config(**fields: object) -> MemoryConfig:
     return MemoryConfig(**{**base, **fields})  # type: ignore[arg-type]
 
 
-def run(text: Text, borders: list[int], max_step: int) -> tuple[list[object], list[tuple[object, ...]]]:
+def run(config: MemoryConfig, prompt_len: int, borders: list[int], search: Search) -> Run:
     """A sequence alone in a bank that is just large enough, cut at ``borders``."""
-    config = text.config
-    ledger = Ledger(config, Ledger(config, 0, max_step).num_slots_needed(text.length), max_step)
-    ledger.open("r", text.prompt_len, text.length)
-    bank = Bank(ledger.num_slots, config.chunk_size)
-    attended: list[object] = []
-    happened: list[tuple[object, ...]] = []
-    for start, end in zip(borders, borders[1:], strict=False):
+    longest = max(end - start for start, end in pairwise(borders))
+    needed = Ledger(config, 0, longest).num_slots_needed(borders[-1])
+    ledger, bank = Ledger(config, needed, longest), Bank(needed, config.chunk_size)
+    ledger.open("r", prompt_len, borders[-1])
+    result = Run()
+    for start, end in pairwise(borders):
         ledger.free_retired()
-        plan, events = ledger.advance("r", start, end, searcher(text))
+        plan, events = ledger.advance("r", start, end, search)
         bank.write(plan)
-        attended += bank.attended(plan)
-        happened += as_plain(events)
+        result.attended += bank.attended(plan)
+        result.events += as_plain(events)
         ledger.check()
-    return attended, happened
+    result.counters = counters_of(ledger, "r")
+    return result
+
+
+def run_text(text: Text, borders: list[int]) -> Run:
+    return run(text.config, text.prompt_len, borders, searcher(text))
+
+
+def expected_run(text: Text) -> Run:
+    return Run(expected_attended(text, 0, text.length), text.events, text.counters[-1])
 
 
 @st.composite
@@ -355,11 +376,8 @@ def test_a_whole_run_is_independent_of_its_cuts(
 ) -> None:
     text = Text(config, min(prompt_len, length), length, scorer(seed))
     borders = data.draw(cuts_of(length))
-    longest = max(end - start for start, end in zip(borders, borders[1:], strict=False))
-    cut = run(text, borders, longest)
-    assert cut == run(text, [0, length], length)
-    assert cut == run(text, [*range(length + 1)], 1)
-    assert cut == (expected_attended(text, 0, length), text.events)
+    for cut in (borders, [0, length], [*range(length + 1)]):
+        assert run_text(text, cut) == expected_run(text)
 
 
 def test_the_plain_model_forgets_and_retrieves() -> None:
@@ -386,18 +404,15 @@ def test_a_forgotten_slot_is_not_reused_while_the_set_in_use_reads_it() -> None:
     """One segment of three chunks: memory overflows while its set, retrieved before, lives on."""
     config = make_config(memory_size=4, local_window=6, retrieval_stride=6)
     text = Text(config, 100, 40, lambda query, chunk_id: 1)
-    attended, events = run(text, [*range(41)], 1)
-    assert any(event[0] == "forget" for event in events)
+    assert run_text(text, [*range(41)]) == expected_run(text)
     assert any(set(text.attended[t][0]) - set(text.counters[t]) for t in range(40)), "a set outlives its chunks"
-    assert attended == expected_attended(text, 0, 40)
 
 
 def test_forgotten_slots_that_are_still_read_are_part_of_the_reservation() -> None:
     """Two chunks begun in a step, one held, and one forgotten that the long segment still reads."""
     config = make_config(memory_size=2, top_k=1, local_window=6, retrieval_stride=6)
     text = Text(config, 100, 40, lambda query, chunk_id: 1)
-    attended, _ = run(text, [0, *range(1, 40, 2), 40], 2)
-    assert attended == expected_attended(text, 0, 40)
+    assert run_text(text, [0, *range(1, 40, 2), 40]) == expected_run(text)
 
 
 def test_open_refuses_what_does_not_fit() -> None:
@@ -445,7 +460,7 @@ def embed(token_ids: list[int]) -> torch.Tensor:
     return torch.tensor([generator.choice((-0.5, 0.5)) for _ in range(4)])
 
 
-def index_searcher(config: MemoryConfig, token_ids: list[int]) -> Callable[..., list[tuple[int, float]]]:
+def index_searcher(config: MemoryConfig, token_ids: list[int]) -> Search:
     index, size = ChunkIndex(4), config.chunk_size
     for first in range(0, len(token_ids) - size + 1, size):
         index.append(embed(token_ids[first : first + size]).numpy())
@@ -457,30 +472,18 @@ def index_searcher(config: MemoryConfig, token_ids: list[int]) -> Callable[..., 
     return search
 
 
-def ledger_attended(config: MemoryConfig, token_ids: list[int], prompt_len: int, borders: list[int]) -> list[object]:
-    length, search = len(token_ids), index_searcher(config, token_ids)
-    ledger, bank = Ledger(config, 200, length), Bank(200, config.chunk_size)
-    ledger.open("r", prompt_len, length)
-    attended: list[object] = []
-    for start, end in zip(borders, borders[1:], strict=False):
-        ledger.free_retired()
-        plan, _ = ledger.advance("r", start, end, search)
-        bank.write(plan)
-        attended += bank.attended(plan)
-    return [*attended, counters_of(ledger, "r")]
-
-
-def reference_attended(config: MemoryConfig, token_ids: list[int], prompt_len: int, borders: list[int]) -> list[object]:
+def reference_run(config: MemoryConfig, token_ids: list[int], prompt_len: int, borders: list[int]) -> Run:
     memory = SequenceMemory(config, embed, prompt_len)
-    attended: list[object] = [((), None)] * len(token_ids)
-    for start, end in zip(borders, borders[1:], strict=False):
+    result = Run([((), None)] * len(token_ids))
+    for start, end in pairwise(borders):
         for span in memory.extend(token_ids[start:end]):
             for token in range(span.start, span.end):
-                attended[token] = span.chunk_ids, token - span.origin
+                result.attended[token] = span.chunk_ids, token - span.origin
     if len(token_ids) % config.chunk_size == 0:
         # The reference stores a chunk when the next token comes, the ledger when its last is planned.
         memory._store(len(token_ids) // config.chunk_size - 1)
-    return [*attended, memory.counts]
+    result.counters = memory.counts
+    return result
 
 
 @settings(max_examples=120, deadline=None)
@@ -493,14 +496,16 @@ def test_reference_memory_agrees_with_the_ledger(
     ours = data.draw(st.sets(st.integers(1, length), max_size=6)) | {length}
     # The reference takes the prompt in one piece.
     theirs = data.draw(st.sets(st.integers(prompt_len, length), max_size=6)) | {prompt_len, length}
-    expected = reference_attended(config, token_ids, prompt_len, [0, *sorted(theirs)])
-    assert ledger_attended(config, token_ids, prompt_len, [0, *sorted(ours)]) == expected
+    expected = reference_run(config, token_ids, prompt_len, [0, *sorted(theirs)])
+    actual = run(config, prompt_len, [0, *sorted(ours)], index_searcher(config, token_ids))
+    assert (actual.attended, actual.counters) == (expected.attended, expected.counters)
 
 
 def test_reference_memory_and_ledger_meet_forgetting_and_ties() -> None:
     config = make_config(memory_size=10, top_k=3)
     token_ids = [random.Random(i).randrange(3) for i in range(80)]
-    *attended, counts = reference_attended(config, token_ids, 41, [0, 41, 80])
-    assert len(counts) <= 5
-    assert len({chunk_ids for chunk_ids, _ in attended}) > 10
-    assert ledger_attended(config, token_ids, 41, [*range(81)]) == [*attended, counts]
+    expected = reference_run(config, token_ids, 41, [0, 41, 80])
+    assert len(expected.counters) <= 5
+    assert len({chunk_ids for chunk_ids, _ in expected.attended}) > 10
+    actual = run(config, 41, [*range(81)], index_searcher(config, token_ids))
+    assert (actual.attended, actual.counters) == (expected.attended, expected.counters)

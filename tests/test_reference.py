@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def in_pieces(
     model: MemLongForCausalLM, token_ids: torch.Tensor, borders: list[int], prompt_len: int | None
 ) -> torch.Tensor:
     cache = model.new_cache(prompt_len)
-    pieces = [token_ids[:, start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    pieces = [token_ids[:, start:end] for start, end in pairwise(borders)]
     return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -94,7 +95,7 @@ def test_cuts_change_nothing(case: Case, data: st.DataObject) -> None:
     cuts = data.draw(st.sets(st.integers(1, case.num_tokens - 1)) if case.num_tokens > 1 else st.just(set()))
     borders = [0, *sorted(cuts), case.num_tokens]
     clock = SegmentClock(case.config, case.prompt_len)
-    pieces = [r for start, end in zip(borders, borders[1:], strict=False) for r in clock.retrievals(start, end)]
+    pieces = [r for start, end in pairwise(borders) for r in clock.retrievals(start, end)]
     assert pieces == all_retrievals(case)
 
 
