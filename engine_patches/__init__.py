@@ -30,7 +30,6 @@ def module_name(version: str) -> str:
 
 
 _module = import_module(module_name(vllm.__version__))
-MemLongSchedulerOutput = _module.MemLongSchedulerOutput
 apply = _module.apply
 
-__all__ = ["SUPPORTED_VERSIONS", "MemLongSchedulerOutput", "UnsupportedVllmError", "apply", "module_name"]
+__all__ = ["SUPPORTED_VERSIONS", "UnsupportedVllmError", "apply", "module_name"]

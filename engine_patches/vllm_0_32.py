@@ -11,33 +11,27 @@ Patches, each with its reason and the change in vLLM that would make it needless
   the latter: the model state.) Until a runner passes extra scheduler output to the model.
 * ``EngineCore.memlong_stats``: a new utility method, for the HTTP route. Until schedulers can
   answer utility calls themselves.
+* ``AsyncLLM._add_streaming_input_request``: refuses a session before it reaches the engine, which
+  would otherwise take each later piece for a request of its own. Until sessions are supported.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import ModelConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 
 from engine_patches.vllm_0_32_config import MemLongEngineConfig
 from memlong_vllm.config import ARCHITECTURE
-from memlong_vllm.plan import StepPlan
+from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 
 _applied = False
-
-
-@dataclass
-class MemLongSchedulerOutput(SchedulerOutput):
-    """vLLM's scheduler output with the step's plan. A subclass, because ad-hoc attributes are
-    lost where vLLM copies its output with ``dataclasses.replace``."""
-
-    step_plan: StepPlan = field(default_factory=lambda: StepPlan(()))
 
 
 def apply() -> None:
@@ -45,12 +39,13 @@ def apply() -> None:
     global _applied
     if _applied:
         return
-    _applied = True
     MODELS_CONFIG_MAP[ARCHITECTURE] = MemLongEngineConfig
     _patch_prefix_caching_support()
     _patch_v1_runner()
     _patch_v2_runner()
+    _patch_streaming_input()
     EngineCore.memlong_stats = lambda self: self.scheduler.memory_stats()
+    _applied = True
 
 
 def _patch_prefix_caching_support() -> None:
@@ -62,21 +57,17 @@ def _patch_prefix_caching_support() -> None:
     ModelConfig.is_prefix_caching_supported = property(is_prefix_caching_supported)
 
 
-def _step_memory(runner: Any) -> Any:
-    """The memory of a runner's model, or None if that is another model."""
-    from memlong_vllm.model import MemLongForCausalLM
-
-    model = runner.get_model()
-    return model.step_memory if isinstance(model, MemLongForCausalLM) else None
+def _is_memlong(runner: Any) -> bool:
+    return ARCHITECTURE in runner.model_config.architectures
 
 
 def _with_plan(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(execute_model)
     def wrapper(self: Any, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         # Warm-up and dummy runs make their own output, without a plan.
-        memory = _step_memory(self) if isinstance(scheduler_output, MemLongSchedulerOutput) else None
-        if memory is None:
+        if not isinstance(scheduler_output, MemLongSchedulerOutput):
             return execute_model(self, scheduler_output, *args, **kwargs)
+        memory = self.get_model().step_memory
         memory.stage(scheduler_output.step_plan)
         try:
             return execute_model(self, scheduler_output, *args, **kwargs)
@@ -93,9 +84,9 @@ def _patch_v1_runner() -> None:
 
     @functools.wraps(forward)
     def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (memory := _step_memory(self)) is not None:
+        if _is_memlong(self):
             req_ids = self.input_batch.req_ids
-            memory.begin_step(req_ids, self.query_start_loc.np[: len(req_ids) + 1])
+            self.get_model().step_memory.begin_step(req_ids, self.query_start_loc.np[: len(req_ids) + 1])
         return forward(self, *args, **kwargs)
 
     GPUModelRunner._model_forward = _model_forward
@@ -109,3 +100,15 @@ def _patch_v2_runner() -> None:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
         GPUModelRunner.execute_model = _with_plan(GPUModelRunner.execute_model)
+
+
+def _patch_streaming_input() -> None:
+    original = AsyncLLM._add_streaming_input_request
+
+    @functools.wraps(original)
+    async def _add_streaming_input_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if ARCHITECTURE in self.model_config.architectures:
+            raise ValueError("MemLong does not support streaming input: send the whole prompt at once")
+        return await original(self, *args, **kwargs)
+
+    AsyncLLM._add_streaming_input_request = _add_streaming_input_request

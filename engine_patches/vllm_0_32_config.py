@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from memlong_vllm.config import MemoryConfig, bank_slots, resolve
+from memlong_vllm.config import UNSUPPORTED_ROPE, MemoryConfig, bank_slots, resolve
 
 logger = init_logger(__name__)
 
@@ -67,6 +68,14 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             cache.enable_prefix_caching,
             "prefix caching: tokens found in it never reach the memory. Remove --enable-prefix-caching",
         ),
+        (
+            envs.VLLM_USE_BREAKABLE_CUDAGRAPH or envs.VLLM_BATCH_INVARIANT,
+            "VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT: retrieval must stay outside captured graphs",
+        ),
+        (
+            model.hf_config.rope_parameters.get("rope_type", "default") in UNSUPPORTED_ROPE,
+            f"RoPE scaling of the types {UNSUPPORTED_ROPE}, which rotate keys anew as a sequence grows",
+        ),
         (bool(scheduler.async_scheduling), "asynchronous scheduling: remove --async-scheduling"),
     ]
 
@@ -74,7 +83,7 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
 def _check_retriever(memory: MemoryConfig, checkpoint: str) -> None:
     """A retriever given as a path must exist; hub names are tried when the engine starts."""
     model = memory.retriever.model
-    looks_local = model.startswith(("/", "./", "../", "~"))
+    looks_local = model.startswith(("/", "./", "../"))
     if looks_local and not Path(model).is_dir() and not (Path(checkpoint) / model).is_dir():
         raise ValueError(
             f"memlong.retriever.model = {model!r}: no such folder, here or in {checkpoint}. "
@@ -98,6 +107,8 @@ def _split_graphs(vllm_config: VllmConfig) -> None:
     Setting ``splitting_ops`` drops vLLM's defaults, so they are listed as well.
     """
     compilation = vllm_config.compilation_config
-    attention = [*compilation._attention_ops, "vllm::unified_kv_cache_update"]
-    compilation.splitting_ops = list(dict.fromkeys([*(compilation.splitting_ops or attention), *OPERATIONS]))
-    compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    cache_updates = ["vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update"]
+    attention = compilation.splitting_ops or [*compilation._attention_ops, *cache_updates]
+    compilation.splitting_ops = list(dict.fromkeys([*attention, *OPERATIONS]))
+    if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

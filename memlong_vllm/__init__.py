@@ -1,9 +1,11 @@
 """MemLong (Liu et al. 2024, arXiv 2408.16967) inside the vLLM engine."""
 
+from importlib.metadata import version
+
 from memlong_vllm.config import ARCHITECTURE, MemLongConfig, MemoryConfig, RetrieverConfig
 
 __all__ = ["MemLongConfig", "MemoryConfig", "RetrieverConfig", "register"]
-__version__ = "0.1.0"
+__version__ = version("memlong-vllm")
 
 
 def register() -> None:
@@ -19,6 +21,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     import engine_patches
+    import memlong_vllm.retriever.cpus  # noqa: F401 (remembers the CPUs of this process)
 
     engine_patches.apply()
     AutoConfig.register(MemLongConfig.model_type, MemLongConfig, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ __all__ = ["DeploymentConfig", "MemLongConfig", "MemoryConfig", "MemoryConfigErr
 
 GIB = 1 << 30
 ARCHITECTURE = "MemLongForCausalLM"
+# Frequencies that depend on the length: stored keys would have to be rotated anew as it grows.
+UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class DeploymentConfig:
     trace_file: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.bank_gib, bool) or not isinstance(self.bank_gib, int | float) or self.bank_gib <= 0:
+        is_number = isinstance(self.bank_gib, int | float) and not isinstance(self.bank_gib, bool)
+        if not is_number or not math.isfinite(self.bank_gib) or self.bank_gib <= 0:
             raise MemoryConfigError("bank_gib", self.bank_gib, "must be a positive number of GiB")
         for name in ("retriever_batch_size", "retriever_cache_size"):
             value = getattr(self, name)
@@ -67,13 +71,16 @@ def resolve(hf_config: MemLongConfig, additional_config: dict[str, Any]) -> tupl
     Raises:
         MemoryConfigError: naming the field, its value and the rule.
     """
-    settings = dict(additional_config.get("memlong") or {})
+    entry = additional_config.get("memlong") or {}
+    if not isinstance(entry, dict):
+        raise MemoryConfigError("additional_config", entry, "must be an object of settings")
+    settings = dict(entry)
     known = {f.name for f in fields(DeploymentConfig)}
     deployment = DeploymentConfig(**{name: settings.pop(name) for name in known & settings.keys()})
     block = {**hf_config.memory.to_dict(), **settings}
     if isinstance(settings.get("retriever"), dict):
         block["retriever"] = {**hf_config.memory.to_dict()["retriever"], **settings["retriever"]}
-    if deployment.retriever_path is not None:
+    if deployment.retriever_path is not None and isinstance(block["retriever"], dict):
         block["retriever"]["model"] = deployment.retriever_path
     return MemoryConfig.from_dict(block, hf_config.num_hidden_layers), deployment
 

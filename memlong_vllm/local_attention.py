@@ -1,100 +1,40 @@
-"""Local attention that also returns its log-sum-exp, which ``joint`` fusions need.
+"""Which attention backend serves the local window.
 
-vLLM's backends compute the log-sum-exp of their softmax but do not hand it out, so retrieval
-layers of these fusions use subclasses that do. Everything else uses vLLM's backends as they are.
+The fusions ``joint`` and ``scaled_logits`` need the log-sum-exp of local attention. vLLM's backends
+compute it but do not hand it out, so retrieval layers of these fusions use subclasses that do.
+Everything else uses vLLM's backends as they are.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.selector import get_attn_backend
 
-# Query tokens attended at a time: bounds the scores to this many rows a head.
-_QUERY_BLOCK = 256
+_COMMON_HEAD_SIZES = (64, 128, 256)
 
 
-class CPULseImpl(CPUAttentionBackendImpl):
-    """Windowed attention over the paged cache in plain PyTorch.
+def choose_backend(head_dim: int, dtype: torch.dtype, cache_dtype: str) -> tuple[type[AttentionBackend], int]:
+    """vLLM's backend for a head size, and the size that heads are padded to for it.
 
-    vLLM's CPU kernel packs cached keys in an order of its own, so this class also writes the
-    cache: [num_blocks, num_kv_heads, block_size, 2·head_size], key then value in each row.
+    Sizes that are a multiple of 8 come first: FlashAttention takes any of them.
 
-    Attributes:
-        lse: [num_tokens, num_heads] float32, of the last forward pass.
+    Raises:
+        ValueError: if no backend takes a size of at least ``head_dim``.
     """
-
-    lse: torch.Tensor
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        num_tokens = slot_mapping.shape[0]
-        slots = slot_mapping.long()
-        kept = (slots >= 0).nonzero().flatten()
-        slots = slots[kept]
-        block_size = kv_cache.shape[2]
-        rows = torch.cat([key[:num_tokens][kept], value[:num_tokens][kept]], dim=-1)
-        kv_cache[slots // block_size, :, slots % block_size] = rows
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if attn_metadata is None:
-            return output
-        self.lse = torch.empty(query.shape[:2], dtype=torch.float32)
-        starts = attn_metadata.query_start_loc.tolist()
-        seq_lens = attn_metadata.seq_lens.tolist()
-        for i, seq_len in enumerate(seq_lens[: len(starts) - 1]):
-            blocks = attn_metadata.block_table[i]
-            for row in range(starts[i], starts[i + 1], _QUERY_BLOCK):
-                end_row = min(row + _QUERY_BLOCK, starts[i + 1])
-                position = seq_len - (starts[i + 1] - row)
-                rows = slice(row, end_row)
-                output[rows], self.lse[rows] = self._attend(query[rows], kv_cache, blocks, position)
-        return output
-
-    def _attend(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor, position: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query tokens [n, heads, size] from ``position`` on, over their windows."""
-        num_tokens = query.shape[0]
-        first = max(0, position - self.sliding_window + 1) if self.sliding_window > 0 else 0
-        key_positions = torch.arange(first, position + num_tokens)
-        block_size = kv_cache.shape[2]
-        cached = kv_cache[blocks[key_positions // block_size].long(), :, key_positions % block_size]
-        keys, values = cached.transpose(0, 1).split(self.head_size, dim=-1)
-        keys, values = (t.repeat_interleave(self.num_queries_per_kv, dim=0) for t in (keys, values))
-        distance = torch.arange(position, position + num_tokens)[:, None] - key_positions
-        visible = distance >= 0
-        if self.sliding_window > 0:
-            visible &= distance < self.sliding_window
-        scores = (query.transpose(0, 1) @ keys.transpose(1, 2)).float() * self.scale
-        scores = scores.masked_fill(~visible, float("-inf"))
-        attended = scores.softmax(dim=-1).to(values.dtype) @ values
-        return attended.transpose(0, 1), scores.logsumexp(dim=-1).T
-
-
-class CPULseBackend(CPUAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[CPULseImpl]:
-        return CPULseImpl
+    sizes = dict.fromkeys([-(-head_dim // 8) * 8, *(size for size in _COMMON_HEAD_SIZES if size >= head_dim)])
+    reasons = []
+    for size in sizes:
+        try:
+            backend = get_attn_backend(size, dtype, cache_dtype, has_sliding_window=True)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        if backend.supports_head_size(size):
+            return backend, size
+        if fitting := [supported for supported in backend.get_supported_head_sizes() if supported >= head_dim]:
+            return backend, min(fitting)
+    raise ValueError(f"no attention backend takes heads of {head_dim} or a little more: {'; '.join(reasons)}")
 
 
 def lse_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
@@ -104,6 +44,8 @@ def lse_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ValueError: if there is none.
     """
     if base.get_name() == "CPU_ATTN":
+        from memlong_vllm.local_attention_cpu import CPULseBackend
+
         return CPULseBackend
     if base.get_name() == "FLASH_ATTN":
         from memlong_vllm.local_attention_cuda import FlashLseBackend

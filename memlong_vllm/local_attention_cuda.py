@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
@@ -17,6 +18,11 @@ class FlashLseImpl(FlashAttentionImpl):
     """
 
     lse: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.fa4_hd256:
+            raise ValueError("fusions 'joint' and 'scaled_logits' do not support heads of 256 with FlashAttention 4")
 
     def forward(
         self,
@@ -33,11 +39,14 @@ class FlashLseImpl(FlashAttentionImpl):
         if attn_metadata is None:
             return output.fill_(0)
         num_tokens = attn_metadata.num_actual_tokens
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        attended, lse = flash_attn_varlen_func(
+        caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        # As in the base class: strides of size-1 dimensions must suit the tensor memory accelerator.
+        key_cache, value_cache = (canonicalize_singleton_dim_strides(cache) for cache in caches)
+        _, lse = flash_attn_varlen_func(
             q=query[:num_tokens],
             k=key_cache,
             v=value_cache,
+            out=output[:num_tokens],
             cu_seqlens_q=attn_metadata.query_start_loc,
             max_seqlen_q=attn_metadata.max_query_len,
             seqused_k=attn_metadata.seq_lens,
@@ -46,10 +55,11 @@ class FlashLseImpl(FlashAttentionImpl):
             causal=True,
             window_size=list(self.sliding_window),
             block_table=attn_metadata.block_table,
+            scheduler_metadata=attn_metadata.scheduler_metadata,
+            num_splits=attn_metadata.max_num_splits,
             return_softmax_lse=True,
             fa_version=self.vllm_flash_attn_version,
         )[:2]
-        output[:num_tokens] = attended
         self.lse = lse.T.float()
         return output
 

@@ -14,12 +14,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.selector import get_attn_backend
 
-from memlong_vllm.config import MemLongConfig, bank_slots, resolve
-from memlong_vllm.local_attention import lse_backend
+from memlong_vllm.config import MemLongConfig, MemoryConfig, bank_slots, resolve
+from memlong_vllm.local_attention import choose_backend, lse_backend
 from memlong_vllm.retrieval_attention import MemoryStore, RetrievalAttention
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.step_memory import StepMemory
@@ -27,21 +28,27 @@ from memlong_vllm.worker.step_memory import StepMemory
 logger = init_logger(__name__)
 
 
-def padded_head_dim(head_dim: int, supported: list[int]) -> int:
-    """The smallest head size an attention backend takes that is at least ``head_dim``.
+def rotary_embedding(config: MemLongConfig, padded_dim: int, max_position: int) -> RotaryEmbedding:
+    """RoPE of a checkpoint on the first ``head_dim`` of ``padded_dim`` dimensions.
 
     Args:
-        supported: the backend's sizes; empty means any multiple of 8.
+        max_position: positions the table must have.
 
     Raises:
-        ValueError: if all are smaller.
+        ValueError: if vLLM's table of this RoPE type ends before ``max_position``.
     """
-    if not supported:
-        return -(-head_dim // 8) * 8
-    fitting = [size for size in supported if size >= head_dim]
-    if not fitting:
-        raise ValueError(f"head_dim {head_dim} exceeds what the attention backend supports: {supported}")
-    return min(fitting)
+    parameters = {**config.rope_parameters, "rope_dim": config.head_dim}
+    rotary = get_rope(padded_dim, max_position=max_position, rope_parameters=parameters)
+    if isinstance(rotary, YaRNScalingRotaryEmbedding) and rotary.cos_sin_cache.shape[0] < max_position:
+        # vLLM ends YaRN's table at the scaled training length; its formula does not end there.
+        positions = torch.arange(max_position, dtype=torch.float32)
+        angles = torch.outer(positions, rotary._compute_inv_freq(rotary.scaling_factor))
+        table = torch.cat((angles.cos(), angles.sin()), dim=-1) * rotary.mscale
+        rotary.cos_sin_cache = table.to(rotary.cos_sin_cache)
+    if rotary.cos_sin_cache.shape[0] < max_position:
+        reach = rotary.cos_sin_cache.shape[0]
+        raise ValueError(f"RoPE {parameters} reaches {reach} positions, not {max_position}: lower --max-model-len")
+    return rotary
 
 
 class MemLongAttention(nn.Module):
@@ -65,15 +72,11 @@ class MemLongAttention(nn.Module):
         super().__init__()
         vllm_config = get_current_vllm_config()
         memory, _ = resolve(config, vllm_config.additional_config)
-        layer_idx = extract_layer_index(prefix)
-        tp_size = get_tensor_model_parallel_world_size()
-        self.num_heads = num_heads // tp_size
-        self.num_kv_heads = max(1, num_kv_heads // tp_size)
-        head_dim = config.head_dim
-        backend = get_attn_backend(head_dim, torch.get_default_dtype(), cache_config.cache_dtype)
-        padded = padded_head_dim(head_dim, backend.get_supported_head_sizes())
+        head_dim, tp_size = config.head_dim, get_tensor_model_parallel_world_size()
+        backend, padded = choose_backend(head_dim, torch.get_default_dtype(), cache_config.cache_dtype)
         if padded != head_dim and quant_config is not None:
             raise ValueError(f"head_dim {head_dim} must be padded to {padded}, which quantized weights do not allow")
+        self.num_heads, self.num_kv_heads = num_heads // tp_size, max(1, num_kv_heads // tp_size)
         self.q_size, self.kv_size = self.num_heads * padded, self.num_kv_heads * padded
         self.qkv_proj = QKVParallelLinear(
             hidden_size,
@@ -87,11 +90,9 @@ class MemLongAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             num_heads * padded, hidden_size, bias=bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        self.rotary_emb = get_rope(
-            padded,
-            max_position=max(max_position_embeddings, vllm_config.model_config.max_model_len),
-            rope_parameters={**config.rope_parameters, "rope_dim": head_dim},
-        )
+        max_position = max(max_position_embeddings, vllm_config.model_config.max_model_len)
+        self.rotary_emb = rotary_embedding(config, padded, max_position)
+        layer_idx = extract_layer_index(prefix)
         self.is_retrieval_layer = layer_idx in memory.retrieval_layers
         self.fusion = memory.fusion
         keeps_lse = self.is_retrieval_layer and memory.fusion != "gated"
@@ -104,9 +105,16 @@ class MemLongAttention(nn.Module):
             quant_config=quant_config,
             per_layer_sliding_window=memory.local_window,
             prefix=f"{prefix}.attn",
-            attn_backend=lse_backend(backend) if keeps_lse else None,
+            attn_backend=lse_backend(backend) if keeps_lse else backend,
         )
-        layers = vllm_config.compilation_config.static_forward_context
+        self._add_memory_parts(memory, layer_idx, num_kv_heads, head_dim, prefix)
+
+    def _add_memory_parts(
+        self, memory: MemoryConfig, layer_idx: int, total_num_kv_heads: int, head_dim: int, prefix: str
+    ) -> None:
+        """The part this layer has in the memory, findable by name in the forward context."""
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        padded = self.attn.head_size
         self.store_name, self.memory_name = f"{prefix}.store", f"{prefix}.memory"
         self.store: MemoryStore | None = None
         if layer_idx == memory.memory_layer:
@@ -114,7 +122,7 @@ class MemLongAttention(nn.Module):
             layers[self.store_name] = self.store
         if self.is_retrieval_layer:
             self.memory = RetrievalAttention(
-                memory, self.num_heads, self.num_kv_heads, num_kv_heads, head_dim, padded, self.rotary_emb
+                memory, self.num_heads, self.num_kv_heads, total_num_kv_heads, head_dim, padded, self.rotary_emb
             )
             self.memory.local_impl = self.attn.impl
             layers[self.memory_name] = self.memory
@@ -160,6 +168,7 @@ class MemLongForCausalLM(LlamaForCausalLM):
             next(self.parameters()).device,
         )
         self.step_memory = StepMemory(bank)
+        self._is_loaded = False
         for module in self.modules():
             if isinstance(module, RetrievalAttention | MemoryStore):
                 module.step_memory = self.step_memory
@@ -174,17 +183,21 @@ class MemLongForCausalLM(LlamaForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint of :mod:`memlong_vllm.cli.convert`, padding heads where needed.
 
+        Later calls may bring any part of the weights.
+
         Raises:
-            ValueError: if memory parameters (gates at least) are missing.
+            ValueError: if memory parameters (gates at least) are missing at the first call.
         """
         loaded = super().load_weights(self._engine_weight(name, tensor) for name, tensor in weights)
         wanted = {name for name, _ in self.named_parameters() if ".memory." in name}
-        if missing := sorted(wanted - loaded):
+        missing = [] if self._is_loaded else sorted(wanted - loaded)
+        if missing:
             shown = ", ".join(name.replace(".memory.", ".") for name in missing[:3])
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} memory parameters ({shown}, …): it was not made for these "
                 "retrieval_layers and fusion settings; make one with 'memlong-vllm convert'"
             )
+        self._is_loaded = True
         return loaded
 
     def _engine_weight(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:

@@ -28,15 +28,13 @@ class SequencePlan:
 
     Attributes:
         start, end: absolute positions of the tokens the step computes.
-        first_chunk: chunk id of the token at ``start``.
-        write_slots: bank slot of each chunk the tokens lie in, from ``first_chunk`` on.
+        write_slots: bank slot of each chunk the tokens lie in, from that of ``start`` on.
         reads: disjoint spans within [start, end), ascending. Tokens in none have no memory.
     """
 
     request_id: str
     start: int
     end: int
-    first_chunk: int
     write_slots: tuple[int, ...]
     reads: tuple[ReadSpan, ...]
 

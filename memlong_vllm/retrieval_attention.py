@@ -23,10 +23,9 @@ from memlong_vllm.memory_attention import attend, attend_chunks, attend_with_lse
 from memlong_vllm.worker.step_memory import StepMemory
 from memlong_vllm.worker.step_metadata import ReadGroup
 
-OPERATIONS = ("memlong_store", "memlong_scale_query", "memlong_retrieve")
-
-# Spans of a long prefill are attended in batches of at most this many gathered memory tokens,
-# which bounds the copies of keys and values (and the scores) that exist at a time.
+# Reads are done in parts of at most so many tokens a span and gathered memory tokens in all, which
+# bounds the copies of keys and values (and the scores) that exist at a time.
+_MAX_SPAN_TOKENS = 128
 _MAX_GATHERED_TOKENS = 16384
 
 
@@ -107,11 +106,13 @@ class RetrievalAttention(nn.Module):
         """
         rows = output.view(output.shape[0], self.num_heads, self.padded_dim)
         for group in self._groups():
-            chunks = group.slots.shape[1] * self.config.chunk_size
-            batch = max(1, _MAX_GATHERED_TOKENS // chunks)
+            batch = max(1, _MAX_GATHERED_TOKENS // (group.slots.shape[1] * self.config.chunk_size))
             for first in range(0, group.slots.shape[0], batch):
-                part = slice(first, first + batch)
-                self._retrieve(query, rows, ReadGroup(group.token_idx[part], group.positions[part], group.slots[part]))
+                spans = slice(first, first + batch)
+                for token in range(0, group.token_idx.shape[1], _MAX_SPAN_TOKENS):
+                    part = spans, slice(token, token + _MAX_SPAN_TOKENS)
+                    tokens, positions = group.token_idx[part], group.positions[part]
+                    self._retrieve(query, rows, ReadGroup(tokens, positions, group.slots[spans]))
 
     def _groups(self) -> tuple[ReadGroup, ...]:
         assert self.step_memory is not None, "the model was used before its bank was attached"

@@ -111,7 +111,7 @@ class Reference:
         config: MemLongConfig = self.model.config
         embedder = load_embedder(config.memory.retriever, str(model), "cpu")
         tokenizer = AutoTokenizer.from_pretrained(model, config=config)
-        self.embed = text_embedder(tokenizer, embedder.embed)
+        self.embed = text_embedder(tokenizer, embedder.embed, config.memory.retriever.query_instruction)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], prompt_len: int, with_memory: bool = True, piece: int | None = None) -> Any:

@@ -41,8 +41,11 @@ def main() -> None:
     for prompt in (tokens[:211], tokens[300:390], tokens[500:628]):
         engine.add(prompt, max_tokens=40)
 
+    preempted: list[int] = []
+
     def preempt(step: int) -> None:
-        if in_process and step == 20:
+        if in_process and len(engine.scheduler.running) > 1 and step >= 15 and not preempted:
+            preempted.append(step)
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     outputs = engine.run(preempt)
@@ -50,12 +53,16 @@ def main() -> None:
     rows = []
     for output in outputs.values():
         tokens, measured = logprobs_of(output)
-        expected = reference.logprobs(tokens, len(output.prompt_token_ids))
-        without = reference.logprobs(tokens, len(output.prompt_token_ids), with_memory=False)
+        prompt_len = len(output.prompt_token_ids)
+        logits = reference.logits(tokens, prompt_len)
+        expected = logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]]
+        without = reference.logprobs(tokens, prompt_len, with_memory=False)
+        assert tokens[prompt_len:] == logits.argmax(-1)[prompt_len - 1 : -1].tolist()
         rows.append(
             {"with": (measured - expected).abs().max().item(), "without": (measured - without).abs().max().item()}
         )
     if in_process:
+        assert preempted
         engine.assert_empty()
         runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         rows.append({"runner": type(runner).__module__})

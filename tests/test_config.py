@@ -57,7 +57,8 @@ NOT_COUNTS = (0, -1, 1.0, "8", None, True)
 COUNTS = ("chunk_size", "top_k", "memory_size", "local_window", "retrieval_stride", "query_tokens")
 BAD_FIELDS = [
     *((name, value) for name in COUNTS for value in NOT_COUNTS),
-    *((name, 200) for name in ("memory_size", "local_window", "retrieval_stride")),
+    *((name, 1000) for name in ("memory_size", "local_window", "retrieval_stride")),
+    ("local_window", 64),
     *(("memory_layer", value) for value in (-1, 1.0, "12", None, True)),
     *(("retrieval_layers", value) for value in ([], [13.0], ["13"], [True], "13", 13, None)),
     *(("retrieval_layers", value) for value in ([17, 13], [13, 13], [11, 13], [-1, 13], [13, 26])),
@@ -118,6 +119,7 @@ def test_softmax_per_chunk_goes_with_gated_only(fusion: str) -> None:
     ("name", "value", "rule"),
     [
         ("memory_size", 100, "multiple of chunk_size (64)"),
+        ("local_window", 64, "at least retrieval_stride (128)"),
         ("retrieval_layers", [3], "memory_layer (12)"),
         ("retrieval_layers", [13, 26], "layers 0 to 25"),
         ("unknown_field", 1, "unknown field; known are ['chunk_size', 'fusion',"),
@@ -133,6 +135,7 @@ def test_rules_say_what_would_be_right(name: str, value: object, rule: str) -> N
     "change",
     [
         {"retrieval_layers": [12, 25]},
+        {"local_window": 128},
         {"memory_layer": 0, "retrieval_layers": [0]},
         {"chunk_size": 1, "memory_size": 1, "local_window": 1, "retrieval_stride": 1, "query_tokens": 1, "top_k": 1},
         {"retriever": {}},
@@ -203,7 +206,7 @@ def test_a_model_configuration_without_a_block_says_how_to_get_one() -> None:
 # The deployment's.
 
 BAD_DEPLOYMENT_FIELDS = [
-    *(("bank_gib", value) for value in (0, -1.5, "4", None, True, -math.inf)),
+    *(("bank_gib", value) for value in (0, -1.5, "4", None, True, math.inf, math.nan)),
     *((name, value) for name in ("retriever_batch_size", "retriever_cache_size") for value in NOT_COUNTS),
     *(("retriever_device", value) for value in (None, 0)),
     *((name, value) for name in ("trace_file", "retriever_path") for value in (3, False, ["a"])),
@@ -260,6 +263,8 @@ def test_the_retriever_path_wins_over_an_override() -> None:
         ({"bank_gb": 4}, "bank_gb", 4),
         ({"retriever": {"modle": "a"}}, "retriever.modle", "a"),
         ({"retriever": "a"}, "retriever", "a"),
+        ({"retriever": "a", "retriever_path": "b"}, "retriever", "a"),
+        ({"retrieval_stride": 2048}, "local_window", 1024),
         ({"retriever_path": ""}, "retriever.model", ""),
         ({"retrieval_layers": [26]}, "retrieval_layers", [26]),
     ],
@@ -268,6 +273,13 @@ def test_overrides_are_validated(settings: dict[str, Any], name: str, value: obj
     with pytest.raises(MemoryConfigError) as raised:
         resolve(hf_config(), {"memlong": settings})
     expect_refusal(raised.value, name, value)
+
+
+@pytest.mark.parametrize("entry", ["top_k=1", ["top_k"], 3])
+def test_the_entry_must_be_an_object(entry: object) -> None:
+    with pytest.raises(MemoryConfigError) as raised:
+        resolve(hf_config(), {"memlong": entry})
+    expect_refusal(raised.value, "additional_config", entry)
 
 
 def test_resolve_changes_neither_checkpoint_nor_settings() -> None:

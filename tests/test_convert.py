@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,16 @@ def test_what_is_written(checkpoints: Any) -> None:
     assert all(torch.equal(weights[name], base[name]) for name in base)
 
 
+def test_generation_settings_are_kept(checkpoints: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints.base(), base)
+    settings = {"eos_token_id": [1, 5], "temperature": 0.6, "do_sample": True}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    convert(base, tmp_path / "made", settings=MEMORY)
+    kept = json.loads((tmp_path / "made" / "generation_config.json").read_text())
+    assert {name: kept[name] for name in settings} == settings
+
+
 @pytest.mark.parametrize("name", ["paper", "released", "small"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 5, 22, 26, 30, 32, 80])
 def test_presets_fit_any_depth(name: str, num_layers: int) -> None:
@@ -101,7 +112,7 @@ def test_refusals(checkpoints: Any, tmp_path: Path) -> None:
         convert(tmp_path / "missing", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ConversionError, match="not empty"):
+    with pytest.raises(ConversionError, match="not an empty folder"):
         convert(checkpoints.base(), tmp_path / "full")
     with pytest.raises(MemoryConfigError, match=r"memlong\.top_k = 'many'"):
         convert(checkpoints.base(), tmp_path / "out", settings=MEMORY | {"top_k": "many"})
@@ -130,4 +141,4 @@ def test_command_line(checkpoints: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "made" / "config.json").read_text())["memlong"]["top_k"] == MEMORY["top_k"]
     result = subprocess.run([*command, str(tmp_path / "made")], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "not empty" in result.stdout + result.stderr
+    assert "not an empty folder" in result.stdout + result.stderr

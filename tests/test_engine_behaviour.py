@@ -97,7 +97,18 @@ def test_bank_too_small_for_all_at_once(start_engine: Any, model: Path, tokens: 
     engine: Engine = start_engine(
         model, max_model_len=512, max_num_seqs=8, memlong={"bank_gib": 60 * slot_bytes / 2**30}
     )
-    outputs = engine.generate([tokens[i * 400 : i * 400 + 300] for i in range(6)], max_tokens=30)
+    for i in range(6):
+        engine.add(tokens[i * 400 : i * 400 + 300], max_tokens=30)
+    used, waited = [], []
+
+    def observe(_: int) -> None:
+        stats = engine.scheduler.memory_stats()
+        used.append(stats["slots_used"])
+        waited.append(stats["waiting"] > 0 and stats["running"] > 0)
+
+    outputs = engine.run(observe).values()
+    assert max(used) <= engine.scheduler.ledger.num_slots == 60
+    assert sum(waited) > 30
     reference = Reference(model)
     for output in outputs:
         assert_parity(output, reference, 1e-5)
@@ -119,15 +130,41 @@ def test_a_failing_embedder_ends_only_the_requests_that_needed_it(
     engine.assert_empty()
 
 
+def test_what_is_never_retrieved_is_never_embedded(start_engine: Any, model: Path, checkpoints: Any) -> None:
+    """A sequence within its window needs no retriever, so a failing one does not end it."""
+    FussyEmbedder.folder = checkpoints.retriever
+    engine: Engine = start_engine(model, memlong={"retriever": {"model": f"{__name__}:FussyEmbedder"}})
+    prompt = checkpoints.tokenizer("And then Zambo came running. " * 4)["input_ids"][:32]
+    assert len(prompt) == 32
+    assert engine.generate([prompt], max_tokens=30)[0].outputs[0].finish_reason == "length"
+    engine.assert_empty()
+
+
+def test_settings_per_request_are_refused(start_engine: Any, model: Path, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model)
+    refused, served = (
+        engine.add(tokens[:100], extra_args={"memory_read": ["book"]}),
+        engine.add(tokens[:100], max_tokens=5),
+    )
+    outputs = engine.run()
+    assert outputs[refused].outputs[0].finish_reason == "error"
+    assert "memory_read" in outputs[refused].outputs[0].stop_reason
+    assert outputs[served].outputs[0].finish_reason == "length"
+    engine.assert_empty()
+
+
 def test_abort_at_any_time_leaves_nothing(start_engine: Any, model: Path, tokens: list[int]) -> None:
     engine: Engine = start_engine(model)
     request_ids = [engine.add(tokens[i * 300 : i * 300 + 250], max_tokens=50) for i in range(6)]
 
     def abort(step: int) -> None:
         if step in (0, 2, 7, 15):
+            held.append(engine.scheduler.memory_stats()["slots_used"])
             engine.llm.llm_engine.abort_request([request_ids.pop()])
 
+    held: list[int] = []
     finished = engine.run(abort)
+    assert held[-1] > 0
     assert set(finished) == set(request_ids)
     engine.step()
     engine.assert_empty()

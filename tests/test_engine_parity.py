@@ -103,20 +103,49 @@ def test_forced_preemption(start_engine: Any, model: Any, reference: Reference, 
 def test_holds_of_random_length(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
     """Retrievals become ready late and in any order; requests wait for them, one by one."""
     engine: Engine = start_engine(model)
-    generator = random.Random(0)
-    is_ready = engine.scheduler._is_ready
-    held: dict[str, int] = {}
+    generator, scheduler = random.Random(0), engine.scheduler
+    is_ready, schedule = scheduler._is_ready, scheduler.schedule
+    left: dict[str, int] = {}
+    held_now: set[str] = set()
+    num_held_decodes = 0
 
     def hold_longer(request: Any) -> bool:
-        ready = is_ready(request)
-        left = held.get(request.request_id, 0)
-        held[request.request_id] = left - 1 if left > 0 else generator.choice([0, 0, 1, 2, 5])
-        return ready and left <= 0
+        remaining = left.get(request.request_id, 0)
+        left[request.request_id] = remaining - 1 if remaining > 0 else generator.choice([0, 0, 1, 2, 5])
+        if remaining > 0:
+            held_now.add(request.request_id)
+        return is_ready(request) and remaining <= 0
 
-    engine.scheduler._is_ready = hold_longer
+    def schedule_and_look(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_held_decodes
+        held_now.clear()
+        output = schedule(*args, **kwargs)
+        assert not held_now & output.num_scheduled_tokens.keys()
+        num_held_decodes += bool(held_now) and bool(output.num_scheduled_tokens)
+        return output
+
+    scheduler._is_ready, scheduler.schedule = hold_longer, schedule_and_look
     outputs = engine.generate(ragged(tokens), max_tokens=50)
-    assert engine.scheduler.num_holds > 0
+    assert num_held_decodes > 20, "some were to be held while others went on"
     for output in outputs:
+        assert_parity(output, reference, TINY)
+    engine.assert_empty()
+
+
+def test_preemption_by_pressure(start_engine: Any, model: Any, reference: Reference, tokens: list[int]) -> None:
+    """Too few KV blocks for all that run: vLLM itself preempts, again and again."""
+    engine: Engine = start_engine(model, block_size=32, num_gpu_blocks_override=10, max_num_batched_tokens=64)
+    for prompt in ragged(tokens):
+        engine.add(prompt, max_tokens=40)
+    preemptions = 0
+
+    def count(_: int) -> None:
+        nonlocal preemptions
+        preemptions = max(preemptions, sum(request.num_preemptions for request in engine.scheduler.requests.values()))
+
+    finished = engine.run(count)
+    assert preemptions > 0
+    for output in finished.values():
         assert_parity(output, reference, TINY)
     engine.assert_empty()
 
@@ -140,6 +169,7 @@ VARIANTS = {
     "forgetting_wide_segments": {"memory_size": 96, "retrieval_stride": 32},
     "bias_and_adapter": {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"},
     "gated_adapter": {"memory_adapter": "linear"},
+    "instructed": {"retriever.query_instruction": "Represent this sentence for searching relevant passages: "},
     "memory_layer_not_read": {"memory_layer": 0, "retrieval_layers": [2, 3]},
 }
 
@@ -163,6 +193,16 @@ SHAPES = {
     "head_dim_48": {"head_dim": 48},
     "tied": {"tie_word_embeddings": True},
     "biased": {"attention_bias": True},
+    "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    # YaRN's table ends at 256 positions in vLLM; the prompts reach 421.
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
     "scaled_rope": {
         "rope_parameters": {
             "rope_type": "llama3",

@@ -21,6 +21,7 @@ MAY_IMPORT_VLLM = (
     "memlong_vllm.model",
     "memlong_vllm.retrieval_attention",
     "memlong_vllm.local_attention*",
+    "memlong_vllm.scheduler.output",
     "memlong_vllm.scheduler.scheduler",
     "memlong_vllm.worker.model_state",
     "memlong_vllm.cli.*",

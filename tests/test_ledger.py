@@ -81,7 +81,8 @@ class Text:
 
     Attributes:
         attended: per token, the chunks it attends to and its local position.
-        events: ("retrieve", position, query, chunk ids) and ("forget", position, chunk ids).
+        events: ("retrieve", position, query, number eligible, chunk ids) of every retrieval that
+            found some, and ("forget", position, chunk ids).
         counters: per number of tokens computed, the counter of every chunk held then.
     """
 
@@ -99,7 +100,7 @@ class Text:
         self.counters.append({})
         for token in range(self.length):
             for query in self._queries(token):
-                current = self._retrieve(token, query, held) or ()
+                current = self._retrieve(token, query, held)
             window_start = self._segment(token) + self.config.retrieval_stride - self.config.local_window
             self.attended.append((current, token - max(0, window_start) + 1))
             if (token + 1) % self.config.chunk_size == 0:
@@ -127,7 +128,7 @@ class Text:
         for chunk_id in found:
             held[chunk_id] += 1
         if found:
-            self.events.append(("retrieve", token, query, tuple(sorted(found))))
+            self.events.append(("retrieve", token, query, len(eligible), tuple(sorted(found))))
         return tuple(sorted(found))
 
     def _store(self, chunk_id: int, held: dict[int, int]) -> None:
@@ -147,24 +148,27 @@ class Text:
 
 
 class Bank:
-    """What each slot holds: owner and token of every place in it."""
+    """What each slot holds: request, its life (a replay is a new one) and token of every place."""
 
     def __init__(self, num_slots: int, chunk_size: int) -> None:
-        self.places: list[list[tuple[str, int] | None]] = [[None] * chunk_size for _ in range(num_slots)]
+        self.places: list[list[tuple[str, int, int]]] = [[("", 0, 0)] * chunk_size for _ in range(num_slots)]
         self.chunk_size = chunk_size
+        self.lives: Counter[str] = Counter()
 
     def write(self, plan: SequencePlan) -> None:
         for token in range(plan.start, plan.end):
-            slot = plan.write_slots[token // self.chunk_size - plan.first_chunk]
-            self.places[slot][token % self.chunk_size] = (plan.request_id, token)
+            slot = plan.write_slots[token // self.chunk_size - plan.start // self.chunk_size]
+            self.places[slot][token % self.chunk_size] = self._entry(plan.request_id, token)
+
+    def _entry(self, request_id: str, token: int) -> tuple[str, int, int]:
+        return request_id, self.lives[request_id], token
 
     def chunk_in(self, slot: int, request_id: str) -> int:
         """The chunk of ``request_id`` that fills the slot; fails unless it is all there."""
-        first = self.places[slot][0]
-        assert first is not None
-        assert self.places[slot] == [(request_id, first[1] + offset) for offset in range(self.chunk_size)]
-        assert first[1] % self.chunk_size == 0
-        return first[1] // self.chunk_size
+        first = self.places[slot][0][2]
+        assert self.places[slot] == [self._entry(request_id, first + offset) for offset in range(self.chunk_size)]
+        assert first % self.chunk_size == 0
+        return first // self.chunk_size
 
     def attended(self, plan: SequencePlan) -> list[Attended]:
         """What each token of the plan attends to."""
@@ -193,7 +197,8 @@ def as_plain(events: list[Retrieved | Forgotten]) -> list[Event]:
         if isinstance(event, Forgotten):
             plain.append(("forget", event.position, event.chunk_ids))
         elif event.chunk_ids:
-            plain.append(("retrieve", event.retrieval.position, event.retrieval.query, event.chunk_ids))
+            retrieval = event.retrieval
+            plain.append(("retrieve", retrieval.position, retrieval.query, event.num_eligible, event.chunk_ids))
     return plain
 
 
@@ -240,6 +245,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.ledger.open(request_id, text.prompt_len, text.length)
             return
         self.ledger.open(request_id, text.prompt_len, text.length)
+        self.bank.lives[request_id] += 1
         self.positions[request_id] = 0
         self.events[request_id] = []
 
@@ -264,7 +270,6 @@ class LedgerMachine(RuleBasedStateMachine):
         for plan in plans:
             self.bank.write(plan)
         for plan in plans:
-            assert plan.first_chunk == plan.start // self.ledger.config.chunk_size
             text = self.texts[plan.request_id]
             assert self.bank.attended(plan) == expected_attended(text, plan.start, plan.end)
             assert counters_of(self.ledger, plan.request_id) == text.counters[plan.end]
@@ -310,7 +315,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def every_slot_has_one_owner(self) -> None:
         if hasattr(self, "ledger"):
             self.ledger.check()
-            assert self.ledger.request_ids == set(self.positions)
+            assert all(self.ledger.is_open(request_id) for request_id in self.positions)
 
     def teardown(self) -> None:
         if not hasattr(self, "ledger"):

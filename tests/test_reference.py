@@ -347,3 +347,16 @@ def test_text_embedder_embeds_each_text_once_and_empty_ones_as_zero() -> None:
     assert embedder([0]).tolist() == [0.0, 0.0]
     assert embedder([]).tolist() == [0.0, 0.0]
     assert [text for text in asked if text.strip()] == ["ab"]
+
+
+def test_text_embedder_puts_the_instruction_first() -> None:
+    asked: list[str] = []
+
+    def embed_texts(texts: list[str]) -> list[list[float]]:
+        asked.extend(texts)
+        return [[1.0, 0.0] for _ in texts]
+
+    embedder = text_embedder(Letters(), embed_texts, "find: ")
+    assert embedder([1, 2]).tolist() == [1.0, 0.0]
+    assert embedder([0]).tolist() == [0.0, 0.0]
+    assert asked[0] == "find: ab"

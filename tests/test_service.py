@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
+from memlong_vllm.retriever import service
 from memlong_vllm.retriever.service import RetrieverService, Span
 
 DIMENSION = 16
@@ -76,9 +77,9 @@ class Client:
         self.results: dict[str, dict[Span, np.ndarray]] = {}
         self.failures: dict[str, str] = {}
 
-    def submit(self, request_id: str, *texts: tuple[int, ...], priority: int = RetrieverService.PREFILL) -> None:
+    def submit(self, request_id: str, *texts: tuple[int, ...], urgent: bool = False) -> None:
         """Texts as token ids; the i-th has the span (i, i + 1)."""
-        self.service.submit(request_id, {(i, i + 1): ids for i, ids in enumerate(texts)}, priority)
+        self.service.submit(request_id, {(i, i + 1): ids for i, ids in enumerate(texts)}, urgent)
 
     def until(self, condition: Callable[[], bool], *request_ids: str) -> None:
         """Collect results of ``request_ids`` until ``condition`` holds; fails at a deadline."""
@@ -164,10 +165,22 @@ def test_decoding_requests_go_before_prefills_then_first_come_first(make_client:
     client.hold()
     client.submit("p", (1,), (2,))
     client.submit("q", (3,))
-    client.submit("d", (4,), (5,), priority=RetrieverService.DECODING)
+    client.submit("d", (4,), (5,), urgent=True)
     client.release()
     client.collect(p=2, q=1, d=2)
     assert client.texts_embedded == ["w999", "w4", "w5", "w1", "w2", "w3"]
+
+
+def test_urgent_texts_do_not_starve_the_others(make_client: MakeClient) -> None:
+    """However many urgent texts come later, only so many go first."""
+    client = make_client()
+    client.hold()
+    client.submit("p", (1,))
+    client.submit("d", *((number,) for number in range(2, 102)), urgent=True)
+    client.release()
+    client.collect(p=1, d=100)
+    overtaking = client.texts_embedded.index("w1") - 1
+    assert 0 < overtaking <= service._MAX_OVERTAKEN
 
 
 def test_pending_counts_what_is_queued(make_client: MakeClient) -> None:
@@ -327,3 +340,27 @@ def test_shutdown_ends_the_thread_and_leaves_the_queue(make_client: MakeClient) 
     assert not client.service._thread.is_alive()
     assert client.texts_embedded == ["w999"]
     client.service.shutdown()
+
+
+def test_a_hanging_embedder_does_not_hold_up_shutdown(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_SHUTDOWN_TIMEOUT_S", 0.01)
+    client = make_client()
+    client.hold()
+    client.service.shutdown()
+    assert client.service._thread.is_alive()
+    assert client.service._thread.daemon
+
+
+def test_nobody_waits_for_a_thread_that_ended(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError("no such CPUs")
+
+    monkeypatch.setattr(service, "use_process_cpus", refuse)
+    client = make_client()
+    client.submit("a", (1,), (2,))
+    client.until(lambda: "a" in client.failures)
+    client.service._thread.join(DEADLINE_S)
+    client.submit("b", (3,))
+    client.until(lambda: "b" in client.failures)
+    assert set(client.failures.values()) == {"the retriever's thread ended (OSError: no such CPUs)"}
+    assert client.service.num_pending() == 0

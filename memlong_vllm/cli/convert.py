@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from memlong_vllm.config import ARCHITECTURE, MemLongConfig, MemoryConfigError
+from memlong_vllm.config import ARCHITECTURE, UNSUPPORTED_ROPE, MemLongConfig, MemoryConfig, MemoryConfigError
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 
 SHIPPED_CODE = ("configuration_memlong.py", "modeling_memlong.py", "retrieval.py")
@@ -20,8 +20,6 @@ AUTO_MAP = {
     "AutoConfig": "configuration_memlong.MemLongConfig",
     "AutoModelForCausalLM": f"modeling_memlong.{ARCHITECTURE}",
 }
-# Position-dependent frequencies: a key would have to be rotated anew as its sequence grows.
-UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
 
 class ConversionError(ValueError):
@@ -32,8 +30,9 @@ def preset(name: str, num_layers: int, trained_length: int) -> dict[str, Any]:
     """A ``memlong`` block for a backbone of any depth.
 
     Args:
-        name: ``"paper"`` (memory layer 13th of 26, 1-based), ``"released"`` (the authors' script,
-            one layer above it) or ``"small"`` (short windows, for backbones of up to ~1B).
+        name: ``"paper"`` (memory layer 13th of 26, 1-based), ``"released"`` (the authors' script:
+            the layer above it, itself a retrieval layer, ``joint`` fusion) or ``"small"`` (the
+            layer of ``"released"`` and a window of at most 1024, for backbones of up to ~1B).
         trained_length: tokens the backbone was trained on.
     """
     window = min(2048, trained_length)
@@ -68,6 +67,8 @@ def apply_settings(block: dict[str, Any], settings: dict[str, Any]) -> dict[str,
         *parents, leaf = key.split(".")
         for parent in parents:
             target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConversionError(f"--set {key}: {parent!r} is set to {target!r}, which has no fields")
         target[leaf] = value
     return result
 
@@ -90,9 +91,10 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
     if rope_type in UNSUPPORTED_ROPE:
         raise ConversionError(f"RoPE scaling {rope_type!r} rotates keys anew as a sequence grows; it cannot be stored")
     trained = base.max_position_embeddings
-    reach = max_length or max(trained, block["memory_size"] + block["local_window"])
+    memory = MemoryConfig.from_dict(block, base.num_hidden_layers)
+    reach = max_length or max(trained, memory.memory_size + memory.local_window)
     values = base.to_dict() | {
-        "memlong": block,
+        "memlong": memory.to_dict(),
         "max_position_embeddings": reach,
         "backbone_max_position_embeddings": trained,
         "architectures": [ARCHITECTURE],
@@ -100,24 +102,22 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
     }
     for name in ("model_type", "transformers_version", "quantization_config", "_name_or_path"):
         values.pop(name, None)
-    config = MemLongConfig(**values)
-    config.memlong = config.memory.to_dict()
-    return config
+    return MemLongConfig(**values)
 
 
 def load_base(base: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     """Model and tokenizer of a safetensors folder or a GGUF file (dequantised)."""
     if not base.exists():
         raise ConversionError(f"{base}: no such folder or file; the base model must be on this machine")
-    options: dict[str, Any] = {"dtype": dtype}
-    folder = base
-    if base.suffix == ".gguf":
-        folder = base.parent
-        options |= {"gguf_file": base.name, "quantization_config": GgufConfig(dequantize=True)}
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=base.name)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer
+    is_gguf = base.suffix == ".gguf"
+    folder = base.parent if is_gguf else base
+    options: dict[str, Any] = {"gguf_file": base.name} if is_gguf else {}
+    quantization = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **quantization), tokenizer
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{base} cannot be loaded as a model with tokenizer: {error}") from error
 
 
 def convert(
@@ -134,27 +134,26 @@ def convert(
     Raises:
         ConversionError, MemoryConfigError: before anything is written.
     """
-    if output.exists() and any(output.iterdir()):
-        raise ConversionError(f"{output} exists and is not empty: choose another folder or remove it")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"{output} exists and is not an empty folder: choose another or remove it")
     model, tokenizer = load_base(base, dtype)
     block = preset(preset_name, model.config.num_hidden_layers, model.config.max_position_embeddings)
     config = memlong_config(model.config, apply_settings(block, settings or {}), max_length)
-    write_checkpoint(model.state_dict(), config, tokenizer, output, model.dtype)
+    write_checkpoint(model, config, tokenizer, output)
     return config
 
 
-def write_checkpoint(
-    weights: dict[str, torch.Tensor], config: MemLongConfig, tokenizer: Any, output: Path, dtype: torch.dtype
-) -> None:
+def write_checkpoint(base: PreTrainedModel, config: MemLongConfig, tokenizer: Any, output: Path) -> None:
     """Save a checkpoint folder that vLLM and transformers both load."""
     with torch.device("meta"):
         converted = MemLongForCausalLM(config)
-    converted = converted.to_empty(device="cpu").to(dtype)
-    missing, unexpected = converted.load_state_dict(weights, strict=False, assign=True)
+    converted = converted.to_empty(device="cpu").to(base.dtype)
+    missing, unexpected = converted.load_state_dict(base.state_dict(), strict=False, assign=True)
     if unexpected or any(".memory_" not in name and name != "lm_head.weight" for name in missing):
         raise ConversionError(f"the base model's weights do not fit: missing {missing}, unexpected {unexpected}")
     reset_memory_parameters(converted)
     converted.tie_weights()
+    converted.generation_config = base.generation_config
     converted.save_pretrained(output)
     tokenizer.save_pretrained(output)
     for name in SHIPPED_CODE:

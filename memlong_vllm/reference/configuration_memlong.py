@@ -127,6 +127,8 @@ class MemoryConfig:
         for name in ("memory_size", "local_window", "retrieval_stride"):
             rule = f"must be a multiple of chunk_size ({self.chunk_size})"
             _require(getattr(self, name) % self.chunk_size == 0, name, getattr(self, name), rule)
+        rule = f"must be at least retrieval_stride ({self.retrieval_stride}): a segment's tokens see its first"
+        _require(self.local_window >= self.retrieval_stride, "local_window", self.local_window, rule)
 
     def _check_choices(self) -> None:
         choices = {

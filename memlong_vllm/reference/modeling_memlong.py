@@ -264,18 +264,19 @@ class MemLongForCausalLM(MemLongPreTrainedModel, GenerationMixin):
         """The cache is made by ``prepare_inputs_for_generation``, which knows the prompt."""
 
 
-def text_embedder(tokenizer, embed_texts) -> Embed:
+def text_embedder(tokenizer, embed_texts, instruction: str | None = None) -> Embed:
     """An :data:`Embed` from the model's tokenizer and a function of texts.
 
     Args:
         embed_texts: list of texts -> [len, dimension] array, L2-normalised.
+        instruction: put before every text (``retriever.query_instruction``).
     """
     known: dict[str, torch.Tensor] = {}
 
     def embed(token_ids: list[int]) -> torch.Tensor:
         text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if text not in known:
-            vector = torch.as_tensor(embed_texts([text or " "])[0])
+            vector = torch.as_tensor(embed_texts([(instruction or "") + (text or " ")])[0])
             known[text] = vector if text else torch.zeros_like(vector)
         return known[text]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,18 +10,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from memlong_vllm.retriever.cpus import use_process_cpus
 from memlong_vllm.retriever.embedder import Embedder
 
 Span = tuple[int, int]
 Decode = Callable[[Sequence[int]], str]
 
+_MAX_OVERTAKEN = 32
+_SHUTDOWN_TIMEOUT_S = 10.0
+
 
 @dataclass(order=True, slots=True)
 class _Job:
-    """One span to embed. Jobs of lower ``priority`` go first, then those submitted earlier."""
+    """One span to embed. Jobs of lower ``rank`` go first."""
 
-    priority: int
-    number: int
+    rank: int
     request_id: str = field(compare=False)
     span: Span = field(compare=False)
     token_ids: tuple[int, ...] = field(compare=False)
@@ -42,8 +44,6 @@ class RetrieverService:
         cache_size: embeddings kept by text.
     """
 
-    DECODING, PREFILL = 0, 1
-
     def __init__(
         self, embedder: Embedder, decode: Decode, instruction: str | None, batch_size: int, cache_size: int
     ) -> None:
@@ -60,15 +60,25 @@ class RetrieverService:
         self._results: dict[str, dict[Span, np.ndarray]] = {}
         self._failures: dict[str, str] = {}
         self._stopping = False
+        self._broken: str | None = None
         self._thread = threading.Thread(target=self._run, name="memlong-retriever", daemon=True)
         self._thread.start()
 
-    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], priority: int) -> None:
-        """Queue spans ({(start, end): token ids}) of a sequence, in the order given."""
+    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], urgent: bool) -> None:
+        """Queue spans ({(start, end): token ids}) of a sequence, in the order given.
+
+        Args:
+            urgent: a decoding sequence waits for them. They overtake a bounded number of others,
+                so that neither long prompts stall decoding nor decoding starves prompts.
+        """
         with self._changed:
+            if self._broken is not None:
+                self._failures[request_id] = self._broken
+                return
             self._results.setdefault(request_id, {})
             for span, token_ids in spans.items():
-                heapq.heappush(self._jobs, _Job(priority, self._num_jobs, request_id, span, token_ids))
+                rank = self._num_jobs - (_MAX_OVERTAKEN if urgent else 0)
+                heapq.heappush(self._jobs, _Job(rank, request_id, span, token_ids))
                 self._num_jobs += 1
             self._changed.notify_all()
 
@@ -108,13 +118,21 @@ class RetrieverService:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join()
+        # The thread is a daemon: an embedder that hangs does not keep the engine from ending.
+        self._thread.join(_SHUTDOWN_TIMEOUT_S)
 
     def _run(self) -> None:
-        if hasattr(os, "sched_setaffinity"):
-            # The thread inherits the affinity of the one that made it, which vLLM's CPU worker
-            # pins to a single core; embedding there would stall every step of the model.
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        try:
+            use_process_cpus()
+            self._serve()
+        except Exception as error:  # noqa: BLE001 (nobody may wait for a thread that has ended)
+            with self._changed:
+                self._broken = f"the retriever's thread ended ({type(error).__name__}: {error})"
+                self._failures.update(dict.fromkeys(self._results, self._broken))
+                self._jobs.clear()
+                self._changed.notify_all()
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 while not self._jobs and not self._stopping:

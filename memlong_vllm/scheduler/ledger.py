@@ -61,7 +61,6 @@ class MemoryHandle:
         reserved: slots this sequence can ever hold at once.
     """
 
-    request_id: str
     clock: SegmentClock
     reserved: int
     position: int = 0
@@ -99,9 +98,8 @@ class Ledger:
     def num_free_slots(self) -> int:
         return len(self._free)
 
-    @property
-    def request_ids(self) -> set[str]:
-        return set(self._handles)
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._handles
 
     def num_slots_needed(self, max_tokens: int) -> int:
         """Slots a sequence of at most ``max_tokens`` tokens can hold at once."""
@@ -115,7 +113,7 @@ class Ledger:
         if request_id in self._handles or not self.can_open(max_tokens):
             raise LedgerError(f"cannot open a memory for {request_id!r}: open already, or too few slots")
         needed = self.num_slots_needed(max_tokens)
-        self._handles[request_id] = MemoryHandle(request_id, SegmentClock(self.config, prompt_len), needed)
+        self._handles[request_id] = MemoryHandle(SegmentClock(self.config, prompt_len), needed)
         self._num_reserved += needed
 
     def close(self, request_id: str) -> None:
@@ -164,7 +162,7 @@ class Ledger:
         self._add_span(handle, reads, cursor, end)
         events += self._store_up_to(handle, end)
         handle.position = end
-        return SequencePlan(request_id, start, end, chunk_ids[0], write_slots, tuple(reads)), events
+        return SequencePlan(request_id, start, end, write_slots, tuple(reads)), events
 
     @staticmethod
     def _add_span(handle: MemoryHandle, reads: list[ReadSpan], start: int, end: int) -> None:

@@ -16,12 +16,12 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from engine_patches import MemLongSchedulerOutput
 from memlong_vllm.config import bank_slots, resolve
 from memlong_vllm.plan import StepPlan
 from memlong_vllm.retriever.embedder import load_embedder
 from memlong_vllm.retriever.service import RetrieverService
 from memlong_vllm.scheduler.ledger import Ledger
+from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 from memlong_vllm.scheduler.sequence_retriever import SequenceRetriever
 from memlong_vllm.scheduler.trace import RetrievalTrace
 
@@ -71,23 +71,26 @@ class MemLongScheduler(Scheduler):
         super().add_request(request)
         if not is_new:
             return
+        if refusal := self._refusal(request):
+            self._failures[request.request_id] = refusal
+            return
+        sequence = SequenceRetriever(
+            request.request_id, request.num_prompt_tokens, self._max_tokens(request), self._memory, self._service
+        )
+        self._sequences[request.request_id] = sequence
+        sequence.observe(request.all_token_ids)
+
+    @staticmethod
+    def _refusal(request: Request) -> str | None:
+        """Why a request cannot be served, if so."""
         if request.resumable:
-            self._failures[request.request_id] = "streaming input sessions are not supported with a MemLong memory"
-        elif self.ledger.num_slots_needed(self._max_tokens(request)) > self.ledger.num_slots:
-            self._failures[request.request_id] = self._too_small(request)
-        else:
-            sequence = SequenceRetriever(request.request_id, request.num_prompt_tokens, self._memory, self._service)
-            self._sequences[request.request_id] = sequence
-            sequence.observe(request.all_token_ids)
+            return "streaming input sessions are not supported by MemLong"
+        arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
+        unknown = sorted(name for name in arguments if name.startswith(("memlong", "memory_")))
+        return f"extra_args {unknown}: MemLong has no settings per request" if unknown else None
 
     def _max_tokens(self, request: Request) -> int:
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-
-    def _too_small(self, request: Request) -> str:
-        return (
-            f"the memory bank has {self.ledger.num_slots} chunk slots but this request may need "
-            f"{self.ledger.num_slots_needed(self._max_tokens(request))}: lower max_tokens or raise bank_gib"
-        )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
@@ -120,15 +123,16 @@ class MemLongScheduler(Scheduler):
         """Whether a waiting request may be admitted in this step (vLLM asks for each)."""
         if not super()._handle_blocked_waiting_request(request):
             return False
-        if request.request_id in self._failures or not self._is_ready(request):
+        if request.request_id in self._failures:
             return False
-        if request.request_id not in self.ledger.request_ids:
-            # No overtaking: the first request that waits for slots is the next to get some.
-            max_tokens = self._max_tokens(request)
-            self._admission_blocked = self._admission_blocked or not self.ledger.can_open(max_tokens)
-            if self._admission_blocked:
-                return False
-            self.ledger.open(request.request_id, request.num_prompt_tokens, max_tokens)
+        if self.ledger.is_open(request.request_id):
+            return self._is_ready(request)
+        # No overtaking: the first request that waits for slots is the next to get some.
+        max_tokens = self._max_tokens(request)
+        self._admission_blocked = self._admission_blocked or not self.ledger.can_open(max_tokens)
+        if self._admission_blocked or not self._is_ready(request):
+            return False
+        self.ledger.open(request.request_id, request.num_prompt_tokens, max_tokens)
         return True
 
     def _is_ready(self, request: Request) -> bool:

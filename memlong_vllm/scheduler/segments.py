@@ -56,7 +56,7 @@ class SegmentClock:
         self, position: int, kind: Literal["segment", "prompt_end"], segment: int, query: Span
     ) -> Iterator[Retrieval]:
         window_start = segment + self._config.retrieval_stride - self._config.local_window
-        num_reachable = min(segment, window_start) // self._config.chunk_size
+        num_reachable = window_start // self._config.chunk_size
         if num_reachable > 0:
             yield Retrieval(position, kind, query, num_reachable, origin=max(0, window_start) - 1)
 

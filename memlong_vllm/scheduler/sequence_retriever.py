@@ -20,11 +20,15 @@ class SequenceRetriever:
 
     Args:
         prompt_len: tokens of the prompt.
+        max_tokens: the longest the sequence can become, prompt included.
     """
 
-    def __init__(self, request_id: str, prompt_len: int, config: MemoryConfig, service: RetrieverService) -> None:
+    def __init__(
+        self, request_id: str, prompt_len: int, max_tokens: int, config: MemoryConfig, service: RetrieverService
+    ) -> None:
         self._request_id = request_id
         self._prompt_len = prompt_len
+        self._max_tokens = max_tokens
         self._config = config
         self._service = service
         self._clock = SegmentClock(config, prompt_len)
@@ -32,29 +36,30 @@ class SequenceRetriever:
         self._vectors: dict[Span, np.ndarray] = {}
         self._submitted: set[Span] = set()
         self._num_seen = 0
+        self._num_chunks = 0
 
     def observe(self, token_ids: Sequence[int]) -> None:
-        """Submit every span whose text is complete now.
+        """Submit every span whose text is complete now and that a retrieval needs soon.
 
-        Called again with the grown sequence; only the new tokens are looked at. A retrieval's
-        query ends before the first token that needs it is computed, so it is submitted a step
-        ahead and embedded while the model runs.
+        Called again with the grown sequence. A retrieval's query ends before the first token that
+        needs it is computed, so it is submitted a step ahead and embedded while the model runs;
+        the chunks it can reach are submitted up to a segment ahead.
         """
         num_tokens, chunk_size = len(token_ids), self._config.chunk_size
-        first = self._num_seen
-        next_end = (first // chunk_size + 1) * chunk_size
-        spans = {(end - chunk_size, end) for end in range(next_end, num_tokens + 1, chunk_size)}
-        for retrieval in self._clock.retrievals(first, num_tokens + 1):
+        horizon = min(num_tokens + 1 + self._config.retrieval_stride, self._max_tokens)
+        spans: set[Span] = set()
+        for retrieval in self._clock.retrievals(self._num_seen, horizon):
             if retrieval.query[1] <= num_tokens:
                 spans.add(retrieval.query)
+            reachable = min(retrieval.num_reachable, num_tokens // chunk_size)
+            spans |= {(c * chunk_size, (c + 1) * chunk_size) for c in range(self._num_chunks, reachable)}
+            self._num_chunks = max(self._num_chunks, reachable)
         self._num_seen = num_tokens
         new = sorted(spans - self._submitted, key=lambda span: (span[1], span[0]))
         if new:
             self._submitted.update(new)
-            decoding = num_tokens > self._prompt_len
-            priority = RetrieverService.DECODING if decoding else RetrieverService.PREFILL
             jobs = {span: tuple(token_ids[span[0] : span[1]]) for span in new}
-            self._service.submit(self._request_id, jobs, priority)
+            self._service.submit(self._request_id, jobs, urgent=num_tokens > self._prompt_len)
 
     def is_ready(self, start: int, end: int) -> bool:
         """Whether every retrieval at positions in [start, end) can be answered now."""

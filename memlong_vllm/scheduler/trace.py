@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 
 from memlong_vllm.scheduler.ledger import Forgotten, Retrieved
 
+logger = logging.getLogger(__name__)
+
 
 class RetrievalTrace:
-    """Appends to ``path``. A preempted request's events are written again when it is replayed."""
+    """Appends to ``path``. A write that fails ends the trace, never the engine.
+
+    A preempted request's events are written again when it is replayed. ``request_id`` is vLLM's
+    internal one: the request's own with a random suffix after the last ``-``.
+    """
 
     def __init__(self, path: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -23,8 +31,14 @@ class RetrievalTrace:
             retrieval = event.retrieval
             line |= {"position": retrieval.position, "kind": retrieval.kind, "query": retrieval.query}
             line |= {"eligible": event.num_eligible, "chunk_ids": event.chunk_ids, "scores": event.scores}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except (OSError, ValueError) as error:  # A full disk, or closed for an earlier one.
+            if not self._file.closed:
+                logger.error("the retrieval trace ends here: %s", error)
+                self.close()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()

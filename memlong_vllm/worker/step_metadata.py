@@ -61,7 +61,7 @@ def build_step_metadata(
     for sequence in plan.sequences:
         first, last = rows[sequence.request_id]
         positions = np.arange(sequence.start, sequence.end)
-        slots = np.asarray(sequence.write_slots)[positions // chunk_size - sequence.first_chunk]
+        slots = np.asarray(sequence.write_slots)[positions // chunk_size - sequence.start // chunk_size]
         token_places[first:last] = slots * chunk_size + positions % chunk_size
         for span in sequence.reads:
             spans[span.end - span.start, len(span.slots)].append((first - sequence.start, span))

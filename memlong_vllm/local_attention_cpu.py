@@ -1,0 +1,92 @@
+"""Local attention on a CPU that keeps its log-sum-exp. Imported on CPUs only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+# Query tokens attended at a time: bounds the scores to this many rows a head.
+_QUERY_BLOCK = 256
+
+
+class CPULseImpl(CPUAttentionBackendImpl):
+    """Windowed attention over the paged cache in plain PyTorch.
+
+    vLLM's CPU kernel packs cached keys in an order of its own, so this class also writes the
+    cache: [num_blocks, num_kv_heads, block_size, 2·head_size], key then value in each row.
+
+    Attributes:
+        lse: [num_tokens, num_heads] float32, of the last forward pass.
+    """
+
+    lse: torch.Tensor
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        num_tokens = slot_mapping.shape[0]
+        slots = slot_mapping.long()
+        kept = (slots >= 0).nonzero().flatten()
+        slots = slots[kept]
+        block_size = kv_cache.shape[2]
+        rows = torch.cat([key[:num_tokens][kept], value[:num_tokens][kept]], dim=-1)
+        kv_cache[slots // block_size, :, slots % block_size] = rows
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:
+            return output
+        self.lse = torch.empty(query.shape[:2], dtype=torch.float32)
+        starts = attn_metadata.query_start_loc.tolist()
+        seq_lens = attn_metadata.seq_lens.tolist()
+        for i, seq_len in enumerate(seq_lens[: len(starts) - 1]):
+            blocks = attn_metadata.block_table[i]
+            for row in range(starts[i], starts[i + 1], _QUERY_BLOCK):
+                end_row = min(row + _QUERY_BLOCK, starts[i + 1])
+                position = seq_len - (starts[i + 1] - row)
+                rows = slice(row, end_row)
+                output[rows], self.lse[rows] = self._attend(query[rows], kv_cache, blocks, position)
+        return output
+
+    def _attend(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor, position: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query tokens [n, heads, size] from ``position`` on, over their windows."""
+        num_tokens = query.shape[0]
+        first = max(0, position - self.sliding_window + 1) if self.sliding_window > 0 else 0
+        key_positions = torch.arange(first, position + num_tokens)
+        block_size = kv_cache.shape[2]
+        cached = kv_cache[blocks[key_positions // block_size].long(), :, key_positions % block_size]
+        keys, values = cached.transpose(0, 1).split(self.head_size, dim=-1)
+        keys, values = (t.repeat_interleave(self.num_queries_per_kv, dim=0) for t in (keys, values))
+        distance = torch.arange(position, position + num_tokens)[:, None] - key_positions
+        visible = distance >= 0
+        if self.sliding_window > 0:
+            visible &= distance < self.sliding_window
+        scores = (query.transpose(0, 1) @ keys.transpose(1, 2)).float() * self.scale
+        scores = scores.masked_fill(~visible, float("-inf"))
+        attended = scores.softmax(dim=-1).to(values.dtype) @ values
+        return attended.transpose(0, 1), scores.logsumexp(dim=-1).T
+
+
+class CPULseBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[CPULseImpl]:
+        return CPULseImpl
