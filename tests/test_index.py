@@ -1,13 +1,22 @@
-"""The exact index of one sequence's chunks, against brute force in float64."""
+"""The exact index of one sequence's chunks, against brute force in float64; and the retriever of a
+sequence, which fills it ahead of time, against an index of everything."""
 
 from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memlong_vllm.config import MemoryConfig
 from memlong_vllm.retriever.index import ChunkIndex
+from memlong_vllm.retriever.service import RetrieverService, Span
+from memlong_vllm.scheduler.segments import SegmentClock
+from memlong_vllm.scheduler.sequence_retriever import SequenceRetriever
 
 Vectors = list[np.ndarray]
 
@@ -116,3 +125,141 @@ def test_length_counts_every_chunk() -> None:
     index.append(np.array([1, 0, 0, 0], np.float32))
     assert len(index) == 2
     assert index.search(np.array([1, 0, 0, 0], np.float32), [1], 1) == [(1, 1.0)]
+
+
+# The retriever of a sequence: embeds what its retrievals will need while the sequence grows.
+
+DEADLINE_S = 20.0
+
+
+class RandomVectors:
+    """A vector of its own for each text."""
+
+    dimension = 8
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        self.texts += texts
+        return np.stack([self.vector(text) for text in texts])
+
+    @staticmethod
+    def vector(text: str) -> np.ndarray:
+        generator = random.Random(text)
+        vector = np.array([generator.gauss() for _ in range(8)], np.float32)
+        return vector / np.linalg.norm(vector) if text else vector * 0
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """Token 0 is special: it has no text."""
+    return " ".join(str(token_id) for token_id in token_ids if token_id)
+
+
+@pytest.fixture
+def embedder() -> RandomVectors:
+    return RandomVectors()
+
+
+@pytest.fixture
+def service(embedder: RandomVectors) -> Iterator[RetrieverService]:
+    running = RetrieverService(embedder, decode, None, 4, 10_000)
+    yield running
+    running.shutdown()
+
+
+def make_config(**fields: object) -> MemoryConfig:
+    base = {"memory_layer": 0, "retrieval_layers": (0,), "chunk_size": 3, "top_k": 3, "memory_size": 30}
+    base |= {"local_window": 6, "retrieval_stride": 3, "query_tokens": 4}
+    return MemoryConfig(**{**base, **fields})  # type: ignore[arg-type]
+
+
+CONFIGS = {
+    "short segments": {},
+    "long segments": {"retrieval_stride": 6, "query_tokens": 7},
+    "own text": {"query_scope": "current", "retrieval_stride": 6, "local_window": 9},
+    "wide window": {"local_window": 15},
+}
+
+
+def wait_until_ready(retriever: SequenceRetriever, service: RetrieverService, start: int, end: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not retriever.is_ready(start, end):
+        assert time.monotonic() < deadline, "what a step needs was never submitted"
+        # Returns when something finishes; the bound covers what finished just before the call.
+        service.wait(0.05)
+
+
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("prompt_len", [1, 8, 30, 59])
+@pytest.mark.parametrize("step", [1, 4, 60])
+def test_every_retrieval_is_answered_in_time(
+    service: RetrieverService, fields: dict[str, object], prompt_len: int, step: int
+) -> None:
+    """The prompt in steps, then token by token: a step's tokens are known, later ones are not."""
+    config, length = make_config(**fields), 60
+    token_ids = [random.Random(f"{prompt_len} {i}").randrange(4) for i in range(length)]
+    retriever = SequenceRetriever("r", prompt_len, length, config, service)
+    everything = build([RandomVectors.vector(decode(token_ids[i : i + 3])) for i in range(0, length, 3)])
+    clock, start = SegmentClock(config, prompt_len), 0
+    while start < length:
+        known = max(prompt_len, start + 1)
+        end = min(known, start + step)
+        retriever.observe(token_ids[:known])
+        wait_until_ready(retriever, service, start, end)
+        for retrieval in clock.retrievals(start, end):
+            eligible = list(range(retrieval.num_reachable))
+            query = RandomVectors.vector(decode(token_ids[slice(*retrieval.query)]))
+            assert retriever.search(retrieval, eligible) == everything.search(query, eligible, config.top_k)
+        start = end
+
+
+def test_what_no_retrieval_reaches_is_not_embedded(service: RetrieverService, embedder: RandomVectors) -> None:
+    config, token_ids = make_config(local_window=15), list(range(1, 31))
+    # At most 15 tokens, all of them in the window of the last.
+    short = SequenceRetriever("short", 10, 15, config, service)
+    short.observe(token_ids[:15])
+    assert short.is_ready(0, 15)
+    long = SequenceRetriever("long", 30, 31, config, service)
+    long.observe(token_ids)
+    wait_until_ready(long, service, 0, 30)
+    chunks = {decode(token_ids[i : i + 3]) for i in range(0, 30, 3)}
+    # The segment that begins at 30 ends at 33: tokens before 18 are out of its window.
+    assert chunks & set(embedder.texts) == {decode(token_ids[i : i + 3]) for i in range(0, 18, 3)}
+
+
+class Handover:
+    """In place of a service: hands over vectors when told to."""
+
+    dimension = 8
+
+    def __init__(self) -> None:
+        self.submitted: list[Span] = []
+        self.done: dict[Span, np.ndarray] = {}
+
+    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], urgent: bool) -> None:
+        self.submitted += spans
+
+    def take_results(self, request_id: str) -> dict[Span, np.ndarray]:
+        done, self.done = self.done, {}
+        return done
+
+    def finish(self, span: Span) -> None:
+        self.done[span] = RandomVectors.vector(str(span))
+
+
+def test_it_is_ready_when_query_and_chunks_are() -> None:
+    """In whatever order they come: an urgent query may be embedded before older chunks."""
+    handover = Handover()
+    retriever = SequenceRetriever("r", 100, 200, make_config(), handover)  # type: ignore[arg-type]
+    retriever.observe(list(range(9)))
+    assert handover.submitted == [(0, 3), (2, 6), (3, 6), (5, 9)]
+    assert retriever.is_ready(0, 6)
+    for span in ((5, 9), (3, 6)):
+        handover.finish(span)
+        assert not retriever.is_ready(6, 7)
+    handover.finish((0, 3))
+    assert not retriever.is_ready(6, 7)
+    assert retriever.is_ready(9, 10)
+    handover.finish((2, 6))
+    assert retriever.is_ready(0, 12)

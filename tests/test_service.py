@@ -352,12 +352,16 @@ def test_a_hanging_embedder_does_not_hold_up_shutdown(make_client: MakeClient, m
 
 
 def test_nobody_waits_for_a_thread_that_ended(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
     def refuse() -> None:
+        assert go_on.wait(DEADLINE_S)
         raise OSError("no such CPUs")
 
     monkeypatch.setattr(service, "use_process_cpus", refuse)
     client = make_client()
     client.submit("a", (1,), (2,))
+    go_on.set()
     client.until(lambda: "a" in client.failures)
     client.service._thread.join(DEADLINE_S)
     client.submit("b", (3,))

@@ -100,7 +100,7 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
         "architectures": [ARCHITECTURE],
         "auto_map": AUTO_MAP,
     }
-    for name in ("model_type", "transformers_version", "quantization_config", "_name_or_path"):
+    for name in ("model_type", "transformers_version", "quantization_config", "_name_or_path", "_model_name_or_path"):
         values.pop(name, None)
     return MemLongConfig(**values)
 
@@ -155,6 +155,8 @@ def write_checkpoint(base: PreTrainedModel, config: MemLongConfig, tokenizer: An
     converted.tie_weights()
     converted.generation_config = base.generation_config
     converted.save_pretrained(output)
+    for weights in output.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors writes 0600: a service's account could not read it.
     tokenizer.save_pretrained(output)
     for name in SHIPPED_CODE:
         shutil.copyfile(str(files("memlong_vllm.reference") / name), output / name)
