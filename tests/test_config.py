@@ -207,7 +207,8 @@ def test_a_model_configuration_without_a_block_says_how_to_get_one() -> None:
 
 BAD_DEPLOYMENT_FIELDS = [
     *(("bank_gib", value) for value in (0, -1.5, "4", None, True, math.inf, math.nan)),
-    *((name, value) for name in ("retriever_batch_size", "retriever_cache_size") for value in NOT_COUNTS),
+    *(("retriever_cache_size", value) for value in NOT_COUNTS),
+    *(("retriever_batch_size", value) for value in NOT_COUNTS if value is not None),
     *(("retriever_device", value) for value in (None, 0)),
     *((name, value) for name in ("trace_file", "retriever_path") for value in (3, False, ["a"])),
 ]

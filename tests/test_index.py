@@ -253,11 +253,11 @@ def test_it_is_ready_when_query_and_chunks_are() -> None:
     handover = Handover()
     retriever = SequenceRetriever("r", 100, 200, make_config(), handover)  # type: ignore[arg-type]
     retriever.observe(list(range(9)))
-    assert handover.submitted == [(0, 3), (2, 6), (3, 6), (5, 9)]
+    assert handover.submitted == [(0, 3), (2, 6), (3, 6), (5, 9), (6, 9)]
     assert retriever.is_ready(0, 6)
     for span in ((5, 9), (3, 6)):
         handover.finish(span)
-        assert not retriever.is_ready(6, 7)
+        assert not retriever.is_ready(9, 10)
     handover.finish((0, 3))
     assert not retriever.is_ready(6, 7)
     assert retriever.is_ready(9, 10)

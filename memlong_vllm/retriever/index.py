@@ -39,7 +39,7 @@ class ChunkIndex:
 
         Args:
             query: [dimension] float32.
-            chunk_ids: eligible chunks; those with empty texts are never returned.
+            chunk_ids: eligible chunks, ascending; those with empty texts are never returned.
 
         Returns:
             (chunk id, score) from best to worst, at most ``k``.
@@ -49,7 +49,11 @@ class ChunkIndex:
             return []
         k = min(k, len(allowed))
         rows = query.reshape(1, -1)
-        parameters = faiss.SearchParameters(sel=faiss.IDSelectorBatch(np.asarray(allowed, dtype=np.int64)))  # type: ignore[call-arg]
+        if allowed[-1] - allowed[0] + 1 == len(allowed):  # Nothing forgotten in between.
+            selector: faiss.IDSelector = faiss.IDSelectorRange(allowed[0], allowed[-1] + 1)
+        else:
+            selector = faiss.IDSelectorBatch(np.asarray(allowed, dtype=np.int64))
+        parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
         scores, _ = self._index.search(rows, k, params=parameters)
         threshold = float(scores[0, -1]) - _SCORE_TOLERANCE
         _, _, candidates = self._index.range_search(rows, threshold, params=parameters)

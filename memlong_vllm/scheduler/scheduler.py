@@ -60,7 +60,7 @@ class MemLongScheduler(Scheduler):
             load_embedder(retriever, model_config.model, deployment.retriever_device),
             lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
             retriever.query_instruction,
-            deployment.retriever_batch_size,
+            deployment.retriever_batch_size or (1 if deployment.retriever_device == "cpu" else 32),
             deployment.retriever_cache_size,
         )
 
