@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from memlong_vllm.scheduler.eviction import choose_forgotten
 
-fast = settings(max_examples=300, deadline=None)
+fast = settings(max_examples=150, deadline=None)
 Held = list[tuple[int, int]]
 
 
