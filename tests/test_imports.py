@@ -74,11 +74,16 @@ def names(statement: ast.Import | ast.ImportFrom, module: str, *, is_package: bo
     return {name if (name := f"{source}.{alias.name}") in sources() else source for alias in statement.names}
 
 
+@cache
+def parsed(module: str) -> ast.Module:
+    return ast.parse(sources()[module].read_text(encoding="utf-8"))
+
+
 def imports(module: str, *, lazy: bool = True, typing: bool = True) -> set[str]:
-    path = sources()[module]
+    is_package = sources()[module].name == "__init__.py"
     found: set[str] = set()
-    for statement in statements(ast.parse(path.read_text(encoding="utf-8")), lazy=lazy, typing=typing):
-        found |= names(statement, module, is_package=path.name == "__init__.py")
+    for statement in statements(parsed(module), lazy=lazy, typing=typing):
+        found |= names(statement, module, is_package=is_package)
     return found
 
 
@@ -175,8 +180,7 @@ def test_the_plan_needs_the_standard_library_only() -> None:
 def test_the_reference_imports_nothing_of_ours_from_outside(module: str) -> None:
     """It is copied into checkpoints, so what it imports of itself must be named relatively."""
     assert ours(module) <= folder("memlong_vllm.reference")
-    tree = ast.parse(sources()[module].read_text(encoding="utf-8"))
-    absolute = {name for s in statements(tree, lazy=True, typing=True) for name in absolute_names(s)}
+    absolute = {name for s in statements(parsed(module), lazy=True, typing=True) for name in absolute_names(s)}
     assert not set(map(top_level, absolute)) & set(PACKAGES)
 
 
