@@ -65,7 +65,7 @@ BAD_FIELDS = [
     *(("query_scope", value) for value in ("all", "", None, 1)),
     *(("fusion", value) for value in ("sum", "", None, False)),
     *(("memory_softmax", value) for value in ("token", None, True)),
-    *(("memory_bias", value) for value in ("true", None, 2)),
+    *(("memory_bias", value) for value in ("true", None, 2, 1, 0.0)),
     *(("memory_adapter", value) for value in ("lora", "", False)),
     ("retriever", None),
     ("retriever", "BAAI/bge-m3"),

@@ -351,12 +351,15 @@ def test_a_hanging_embedder_does_not_hold_up_shutdown(make_client: MakeClient, m
     assert client.service._thread.daemon
 
 
-def test_nobody_waits_for_a_thread_that_ended(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("no such CPUs"), SystemExit("no such CPUs")])
+def test_nobody_waits_for_a_thread_that_ended(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     go_on = threading.Event()
 
     def refuse() -> None:
         assert go_on.wait(DEADLINE_S)
-        raise OSError("no such CPUs")
+        raise error
 
     monkeypatch.setattr(service, "use_process_cpus", refuse)
     client = make_client()
@@ -366,5 +369,5 @@ def test_nobody_waits_for_a_thread_that_ended(make_client: MakeClient, monkeypat
     client.service._thread.join(DEADLINE_S)
     client.submit("b", (3,))
     client.until(lambda: "b" in client.failures)
-    assert set(client.failures.values()) == {"the retriever's thread ended (OSError: no such CPUs)"}
+    assert set(client.failures.values()) == {f"the retriever's thread ended ({type(error).__name__}: no such CPUs)"}
     assert client.service.num_pending() == 0

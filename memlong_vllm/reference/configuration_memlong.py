@@ -135,11 +135,12 @@ class MemoryConfig:
             "query_scope": ("preceding", "current"),
             "fusion": ("gated", "joint", "scaled_logits"),
             "memory_softmax": ("all", "chunk"),
-            "memory_bias": (False, True),
             "memory_adapter": (None, "linear"),
         }
         for name, allowed in choices.items():
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {list(allowed)}")
+        rule = "must be true or false"
+        _require(isinstance(self.memory_bias, bool), "memory_bias", self.memory_bias, rule)
         _require(
             self.memory_softmax == "all" or self.fusion == "gated",
             "memory_softmax",

@@ -125,7 +125,7 @@ class RetrieverService:
         try:
             use_process_cpus()
             self._serve()
-        except Exception as error:  # noqa: BLE001 (nobody may wait for a thread that has ended)
+        except BaseException as error:  # noqa: BLE001 (nobody may wait for a thread that has ended)
             with self._changed:
                 self._broken = f"the retriever's thread ended ({type(error).__name__}: {error})"
                 self._failures.update(dict.fromkeys(self._results, self._broken))
@@ -142,7 +142,7 @@ class RetrieverService:
                 batch = [heapq.heappop(self._jobs) for _ in range(min(self._batch_size, len(self._jobs)))]
             vectors, failures = self._embed_jobs(batch)
             with self._changed:
-                self._failures.update(failures)
+                self._failures.update({owner: why for owner, why in failures.items() if owner in self._results})
                 for job, vector in vectors:
                     if job.request_id in self._results:
                         self._results[job.request_id][job.span] = vector
