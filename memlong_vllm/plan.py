@@ -14,12 +14,15 @@ class ReadSpan:
         slots: bank slots of the chunks, in ascending order of chunk id; never empty.
         origin: position t is at local position ``t - origin`` (section 3.3: memory sits at
             0, the first token of the window of the segment's last token at 1).
+        retrieval_id: names the retrieval the set came from, unique in the life of an engine:
+            spans with equal ids read the same contents, also in different steps.
     """
 
     start: int
     end: int
     slots: tuple[int, ...]
     origin: int
+    retrieval_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,29 @@ class SequencePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkLoad:
+    """Copy chunk ``row`` of the shard ``path`` (without the rank's suffix) into a slot.
+
+    Loads come before the step's writes and reads and never into a slot that the step writes.
+    """
+
+    slot: int
+    path: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSave:
+    """Copy slots, as they are at the end of the step, to the new shard ``path``, one row each."""
+
+    slots: tuple[int, ...]
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """All sequences of an engine step. Writes of the memory layer precede all reads."""
 
     sequences: tuple[SequencePlan, ...]
+    loads: tuple[ChunkLoad, ...] = ()
+    saves: tuple[ChunkSave, ...] = ()

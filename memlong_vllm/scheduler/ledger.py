@@ -7,6 +7,7 @@ before, so it returns to the pool only when neither can happen any more.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -57,6 +58,7 @@ class MemoryHandle:
         writing: slots of chunks that are not complete yet.
         retrieved: slots every next token attends to, until the next retrieval.
         origin: local position offset of that set.
+        retrieval_id: of the retrieval it came from.
         retiring: slots of forgotten chunks that may still be read.
         reserved: slots this sequence can ever hold at once.
     """
@@ -68,6 +70,7 @@ class MemoryHandle:
     writing: dict[int, int] = field(default_factory=dict)
     retrieved: tuple[int, ...] = ()
     origin: int = -1
+    retrieval_id: int = -1
     retiring: list[int] = field(default_factory=list)
 
     def slots(self) -> list[int]:
@@ -93,6 +96,7 @@ class Ledger:
         self._free = list(range(num_slots - 1, -1, -1))
         self._handles: dict[str, MemoryHandle] = {}
         self._num_reserved = 0
+        self._retrieval_ids = itertools.count()
 
     @property
     def num_free_slots(self) -> int:
@@ -167,7 +171,7 @@ class Ledger:
     @staticmethod
     def _add_span(handle: MemoryHandle, reads: list[ReadSpan], start: int, end: int) -> None:
         if start < end and handle.retrieved:
-            reads.append(ReadSpan(start, end, handle.retrieved, handle.origin))
+            reads.append(ReadSpan(start, end, handle.retrieved, handle.origin, handle.retrieval_id))
 
     def _retrieve(self, handle: MemoryHandle, retrieval: Retrieval, search: Search) -> Retrieved:
         eligible = [chunk_id for chunk_id in handle.chunks if chunk_id < retrieval.num_reachable]
@@ -176,6 +180,7 @@ class Ledger:
             handle.chunks[chunk_id].count += 1
         handle.retrieved = tuple(handle.chunks[chunk_id].slot for chunk_id, _ in found)
         handle.origin = retrieval.origin
+        handle.retrieval_id = next(self._retrieval_ids)
         chunk_ids, scores = tuple(c for c, _ in found), tuple(s for _, s in found)
         return Retrieved(retrieval, len(eligible), chunk_ids, scores)
 
