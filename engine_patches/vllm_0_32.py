@@ -4,8 +4,8 @@ Patches, each with its reason and the change in vLLM that would make it needless
 
 * ``MODELS_CONFIG_MAP``: an entry, so that MemLong configures its engine and refuses what it
   cannot serve before anything is built. Until plugins may register such a hook.
-* ``ModelConfig.is_prefix_caching_supported``: False for MemLong, so that prefix caching is off
-  by default and, if on, was asked for. Until the answer can come from the model class.
+* ``InputProcessor._validate_params``: also validates what a request asks of its memory, so that
+  a bad request is refused before it reaches the engine. Until models may validate parameters.
 * ``GPUModelRunner.execute_model`` (V1 and V2) takes the plan off the scheduler's output, and
   V1's ``_model_forward`` begins the memory's step once the batch is laid out. (V2 has a hook for
   the latter: the model state.) Until a runner passes extra scheduler output to the model.
@@ -21,14 +21,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import ModelConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.input_processor import InputProcessor
 
 from engine_patches.vllm_0_32_config import MemLongEngineConfig
-from memlong_vllm.config import ARCHITECTURE
+from memlong_vllm.config import ARCHITECTURE, request_limits, resolve
+from memlong_vllm.request_settings import RequestSettings
 from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 
 _applied = False
@@ -40,7 +42,7 @@ def apply() -> None:
     if _applied:
         return
     MODELS_CONFIG_MAP[ARCHITECTURE] = MemLongEngineConfig
-    _patch_prefix_caching_support()
+    _patch_request_validation()
     _patch_v1_runner()
     _patch_v2_runner()
     _patch_streaming_input()
@@ -48,13 +50,17 @@ def apply() -> None:
     _applied = True
 
 
-def _patch_prefix_caching_support() -> None:
-    original = ModelConfig.is_prefix_caching_supported.fget
+def _patch_request_validation() -> None:
+    original = InputProcessor._validate_params
 
-    def is_prefix_caching_supported(self: ModelConfig) -> bool:
-        return ARCHITECTURE not in self.architectures and original(self)
+    @functools.wraps(original)
+    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_memlong(self) and isinstance(params, SamplingParams):
+            memory, deployment = resolve(self.model_config.hf_config, self.vllm_config.additional_config)
+            RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
+        return original(self, params, *args, **kwargs)
 
-    ModelConfig.is_prefix_caching_supported = property(is_prefix_caching_supported)
+    InputProcessor._validate_params = _validate_params
 
 
 def _is_memlong(runner: Any) -> bool:

@@ -65,10 +65,6 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         (scheduler.scheduler_cls is not None, f"another scheduler ({scheduler.scheduler_cls}): it brings its own"),
         (parallel.worker_cls != "auto", f"another worker class ({parallel.worker_cls})"),
         (
-            cache.enable_prefix_caching,
-            "prefix caching: tokens found in it never reach the memory. Remove --enable-prefix-caching",
-        ),
-        (
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH or envs.VLLM_BATCH_INVARIANT,
             "VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT: retrieval must stay outside captured graphs",
         ),

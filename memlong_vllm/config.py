@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from memlong_vllm.reference.configuration_memlong import (
@@ -38,6 +38,8 @@ class DeploymentConfig:
             batches are no faster a text, and 32 elsewhere.
         retriever_cache_size: embeddings kept by text, across requests.
         trace_file: JSON lines, one a retrieval and one a forgetting, or None.
+        max_memory_size, max_top_k: the most a request may ask for; by default what the checkpoint
+            says, so that requests can ask for less only.
     """
 
     bank_gib: float = 4.0
@@ -46,14 +48,16 @@ class DeploymentConfig:
     retriever_batch_size: int | None = None
     retriever_cache_size: int = 65536
     trace_file: str | None = None
+    max_memory_size: int | None = None
+    max_top_k: int | None = None
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.bank_gib, int | float) and not isinstance(self.bank_gib, bool)
         if not is_number or not math.isfinite(self.bank_gib) or self.bank_gib <= 0:
             raise MemoryConfigError("bank_gib", self.bank_gib, "must be a positive number of GiB")
-        for name in ("retriever_batch_size", "retriever_cache_size"):
+        for name in ("retriever_batch_size", "retriever_cache_size", "max_memory_size", "max_top_k"):
             value = getattr(self, name)
-            by_default = name == "retriever_batch_size" and value is None
+            by_default = name != "retriever_cache_size" and value is None
             if not by_default and (type(value) is not int or value < 1):
                 raise MemoryConfigError(name, value, "must be a positive integer")
         if not isinstance(self.retriever_device, str):
@@ -87,6 +91,23 @@ def resolve(hf_config: MemLongConfig, additional_config: dict[str, Any]) -> tupl
     return MemoryConfig.from_dict(block, hf_config.num_hidden_layers), deployment
 
 
+def request_limits(memory: MemoryConfig, deployment: DeploymentConfig) -> MemoryConfig:
+    """The settings of a request that asks for as much as it may.
+
+    Raises:
+        MemoryConfigError: if a limit is below what requests get without asking.
+    """
+    limits = {"memory_size": deployment.max_memory_size, "top_k": deployment.max_top_k}
+    for name, most in limits.items():
+        if most is not None and most < getattr(memory, name):
+            raise MemoryConfigError(f"max_{name}", most, f"must be at least {name} ({getattr(memory, name)})")
+    return replace(
+        memory,
+        memory_size=deployment.max_memory_size or memory.memory_size,
+        top_k=deployment.max_top_k or memory.top_k,
+    )
+
+
 def max_sequence_slots(memory: MemoryConfig, max_tokens: int, max_step_tokens: int) -> int:
     """Bank slots that a sequence can hold at once.
 
@@ -100,7 +121,7 @@ def max_sequence_slots(memory: MemoryConfig, max_tokens: int, max_step_tokens: i
     total = -(-max_tokens // memory.chunk_size)
     writing = -(-max_step_tokens // memory.chunk_size) + 1
     lingering = memory.top_k if memory.retrieval_stride > memory.chunk_size else 0
-    return min(total, memory.capacity + writing + lingering)
+    return min(total, max(1, memory.capacity) + writing + lingering)
 
 
 def bank_slots(vllm_config: VllmConfig) -> int:
@@ -114,6 +135,7 @@ def bank_slots(vllm_config: VllmConfig) -> int:
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     hf_config = model_config.hf_config
     memory, deployment = resolve(hf_config, vllm_config.additional_config)
+    memory = request_limits(memory, deployment)
     num_kv_heads = model_config.get_num_kv_heads(vllm_config.parallel_config)
     chunk_bytes = 2 * memory.chunk_size * num_kv_heads * hf_config.head_dim * model_config.dtype.itemsize
     one = max_sequence_slots(memory, model_config.max_model_len, scheduler_config.max_num_batched_tokens)

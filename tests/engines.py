@@ -49,13 +49,14 @@ class Engine:
     def scheduler(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
-    def add(self, prompt: Prompt, **sampling: Any) -> str:
+    def add(self, prompt: Prompt, salt: str | None = None, **sampling: Any) -> str:
         """Add a request with logprobs of all its tokens; returns its id."""
         self._num_requests += 1
         request_id = f"request{self._num_requests}"
         defaults = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0}
         parameters = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **(defaults | sampling))
-        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, parameters)
+        inputs = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
+        self.llm.llm_engine.add_request(request_id, inputs, parameters)
         return request_id
 
     def step(self) -> list[RequestOutput]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.plan import SequencePlan
-from memlong_vllm.scheduler.ledger import Forgotten, Ledger, Retrieved, Search
+from memlong_vllm.scheduler.events import Event as LedgerEvent
+from memlong_vllm.scheduler.events import Forgotten
+from memlong_vllm.scheduler.ledger import Ledger, Search
 from memlong_vllm.scheduler.segments import Retrieval
 
 Span = tuple[int, int]
@@ -78,6 +79,7 @@ class Text:
     prompt_len: int
     length: int
     score: Score
+    seed: int = 0
     attended: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     counters: list[dict[int, int]] = field(default_factory=list)
@@ -136,36 +138,32 @@ class Text:
 
 
 class Bank:
-    """What each slot holds: request, its life (a replay is a new one) and token of every place."""
+    """What each slot holds: the text (by its seed) and the token of every place."""
 
     def __init__(self, num_slots: int, chunk_size: int) -> None:
-        self.places: list[list[tuple[str, int, int]]] = [[("", 0, 0)] * chunk_size for _ in range(num_slots)]
+        self.places: list[list[tuple[int, int]]] = [[(-1, 0)] * chunk_size for _ in range(num_slots)]
         self.chunk_size = chunk_size
-        self.lives: Counter[str] = Counter()
 
-    def write(self, plan: SequencePlan) -> None:
+    def write(self, plan: SequencePlan, seed: int) -> None:
         for token in range(plan.start, plan.end):
             slot = plan.write_slots[token // self.chunk_size - plan.start // self.chunk_size]
-            self.places[slot][token % self.chunk_size] = self._entry(plan.request_id, token)
+            self.places[slot][token % self.chunk_size] = seed, token
 
-    def _entry(self, request_id: str, token: int) -> tuple[str, int, int]:
-        return request_id, self.lives[request_id], token
-
-    def chunk_in(self, slot: int, request_id: str) -> int:
-        """The chunk of ``request_id`` that fills the slot; fails unless it is all there."""
-        first = self.places[slot][0][2]
-        assert self.places[slot] == [self._entry(request_id, first + offset) for offset in range(self.chunk_size)]
+    def chunk_in(self, slot: int, seed: int) -> int:
+        """The chunk of the text that fills the slot; fails unless it is all there."""
+        first = self.places[slot][0][1]
+        assert self.places[slot] == [(seed, first + offset) for offset in range(self.chunk_size)]
         assert first % self.chunk_size == 0
         return first // self.chunk_size
 
-    def attended(self, plan: SequencePlan) -> list[Attended]:
+    def attended(self, plan: SequencePlan, seed: int) -> list[Attended]:
         """What each token of the plan attends to."""
         result: list[Attended] = [((), None)] * (plan.end - plan.start)
         cursor = plan.start
         for span in plan.reads:
             assert cursor <= span.start < span.end <= plan.end
             cursor = span.end
-            chunk_ids = tuple(self.chunk_in(slot, plan.request_id) for slot in span.slots)
+            chunk_ids = tuple(self.chunk_in(slot, seed) for slot in span.slots)
             for token in range(span.start, span.end):
                 result[token - plan.start] = chunk_ids, token - span.origin
         return result
@@ -179,7 +177,7 @@ def searcher(text: Text) -> Search:
     return search
 
 
-def as_plain(events: list[Retrieved | Forgotten]) -> list[Event]:
+def as_plain(events: Sequence[LedgerEvent]) -> list[Event]:
     plain: list[Event] = []
     for event in events:
         if isinstance(event, Forgotten):
@@ -195,4 +193,4 @@ def expected_attended(text: Text, start: int, end: int) -> list[Attended]:
 
 
 def counters_of(ledger: Ledger, request_id: str) -> dict[int, int]:
-    return {chunk_id: chunk.count for chunk_id, chunk in ledger._handles[request_id].chunks.items()}
+    return ledger._handles[request_id].counters.counts

@@ -55,8 +55,14 @@ def expect_refusal(error: MemoryConfigError, name: str, value: object) -> None:
 
 NOT_COUNTS = (0, -1, 1.0, "8", None, True)
 COUNTS = ("chunk_size", "top_k", "memory_size", "local_window", "retrieval_stride", "query_tokens")
+MAY_BE_ZERO = ("memory_size", 0)
 BAD_FIELDS = [
-    *((name, value) for name in COUNTS for value in NOT_COUNTS),
+    *(
+        (name, value)
+        for name in COUNTS
+        for value in NOT_COUNTS
+        if (name, value) != ("memory_size", 0) or value is False
+    ),
     *((name, 1000) for name in ("memory_size", "local_window", "retrieval_stride")),
     ("local_window", 64),
     *(("memory_layer", value) for value in (-1, 1.0, "12", None, True)),
@@ -138,6 +144,7 @@ def test_rules_say_what_would_be_right(name: str, value: object, rule: str) -> N
         {"local_window": 128},
         {"memory_layer": 0, "retrieval_layers": [0]},
         {"chunk_size": 1, "memory_size": 1, "local_window": 1, "retrieval_stride": 1, "query_tokens": 1, "top_k": 1},
+        {"memory_size": 0},
         {"retriever": {}},
         {"retriever": {"query_instruction": ""}},
     ],
@@ -237,6 +244,8 @@ def test_deployment_fields_and_overrides_stand_side_by_side() -> None:
         "retriever_batch_size": 16,
         "retriever_cache_size": 10,
         "trace_file": "trace.jsonl",
+        "max_memory_size": 8192,
+        "max_top_k": 9,
     }
     memory, deployment = resolve(hf_config(), {"memlong": {**own, "top_k": 7, "retrieval_layers": [14]}})
     assert dataclasses.asdict(deployment) == own

@@ -87,7 +87,7 @@ def test_memory_in_use_while_30k_tokens_run(start_engine: Any, checkpoints: Any,
     assert max(slots) == -(-30000 // 128)
     bank = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.step_memory.bank
     chunk_bytes = 128 * 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4
-    assert bank.num_bytes == engine.scheduler.ledger.num_slots * chunk_bytes
+    assert bank.num_bytes == engine.scheduler.ledger.pool.num_slots * chunk_bytes
     engine.assert_empty()
 
 
@@ -107,7 +107,7 @@ def test_bank_too_small_for_all_at_once(start_engine: Any, model: Path, tokens: 
         waited.append(stats["waiting"] > 0 and stats["running"] > 0)
 
     outputs = engine.run(observe).values()
-    assert max(used) <= engine.scheduler.ledger.num_slots == 60
+    assert max(used) <= engine.scheduler.ledger.pool.num_slots == 60
     assert sum(waited) > 30
     reference = Reference(model)
     for output in outputs:

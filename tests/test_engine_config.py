@@ -28,7 +28,7 @@ def test_defaults(model: Path) -> None:
     resolved = config(model)
     assert resolved.scheduler_config.scheduler_cls.endswith("MemLongScheduler")
     assert resolved.scheduler_config.async_scheduling is False
-    assert resolved.cache_config.enable_prefix_caching is False
+    assert resolved.cache_config.enable_prefix_caching is True
 
 
 REFUSED = {
@@ -42,7 +42,6 @@ REFUSED = {
     "disable-sliding-window": {"disable_sliding_window": True},
     "another scheduler": {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
     "another worker class": {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
-    "prefix caching": {"enable_prefix_caching": True},
     "asynchronous scheduling": {"async_scheduling": True},
     "skip-tokenizer-init": {"skip_tokenizer_init": True},
 }

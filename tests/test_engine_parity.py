@@ -109,12 +109,12 @@ def test_holds_of_random_length(start_engine: Any, model: Any, reference: Refere
     held_now: set[str] = set()
     num_held_decodes = 0
 
-    def hold_longer(request: Any) -> bool:
+    def hold_longer(request: Any, start: int) -> bool:
         remaining = left.get(request.request_id, 0)
         left[request.request_id] = remaining - 1 if remaining > 0 else generator.choice([0, 0, 1, 2, 5])
         if remaining > 0:
             held_now.add(request.request_id)
-        return is_ready(request) and remaining <= 0
+        return is_ready(request, start) and remaining <= 0
 
     def schedule_and_look(*args: Any, **kwargs: Any) -> Any:
         nonlocal num_held_decodes

@@ -237,7 +237,7 @@ class Handover:
         self.submitted: list[Span] = []
         self.done: dict[Span, np.ndarray] = {}
 
-    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], urgent: bool) -> None:
+    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], urgent: bool, namespace: str) -> None:
         self.submitted += spans
 
     def take_results(self, request_id: str) -> dict[Span, np.ndarray]:

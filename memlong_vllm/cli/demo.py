@@ -241,7 +241,7 @@ def record_peaks(run: Run, scheduler: Any) -> None:
     pool, ledger = scheduler.kv_cache_manager.block_pool, scheduler.ledger
     num_blocks = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # One is vLLM's null block.
     run.peak_blocks = max(run.peak_blocks, num_blocks)
-    run.peak_slots = max(run.peak_slots, ledger.num_slots - ledger.num_free_slots)
+    run.peak_slots = max(run.peak_slots, ledger.pool.num_slots - ledger.pool.num_available)
     run.peak_tokens = max(run.peak_tokens, sum(request.num_computed_tokens for request in scheduler.requests.values()))
 
 

@@ -69,7 +69,8 @@ class MemoryConfig:
         retrieval_layers: the layers that attend to memory, ascending, none below ``memory_layer``.
         chunk_size: tokens a chunk, the unit of storage and retrieval.
         top_k: chunks a retrieval takes at most.
-        memory_size: capacity of a sequence's memory, a multiple of ``chunk_size``.
+        memory_size: capacity of a sequence's memory in tokens, a multiple of ``chunk_size``; 0:
+            nothing is ever retrieved.
         local_window: tokens, itself included, a token attends to in every layer.
         retrieval_stride: distance between two retrievals, a multiple of ``chunk_size``.
         query_tokens: length of a query.
@@ -123,6 +124,8 @@ class MemoryConfig:
     def _check_counts(self) -> None:
         names = ("chunk_size", "top_k", "memory_size", "local_window", "retrieval_stride", "query_tokens")
         for name in names:
+            if name == "memory_size" and type(self.memory_size) is int and self.memory_size == 0:
+                continue
             _require(_is_count(getattr(self, name)), name, getattr(self, name), "must be a positive integer")
         for name in ("memory_size", "local_window", "retrieval_stride"):
             rule = f"must be a multiple of chunk_size ({self.chunk_size})"

@@ -85,7 +85,8 @@ class SequenceMemory:
                 del self.counts[chunk]
         size = self.config.chunk_size
         self.embeddings.append(self.embed(self.token_ids[chunk_id * size : (chunk_id + 1) * size]))
-        self.counts[chunk_id] = 0
+        if capacity > 0:
+            self.counts[chunk_id] = 0
 
     def _retrieve(self, position: int, query: tuple[int, int]) -> None:
         stride = self.config.retrieval_stride

@@ -34,6 +34,10 @@ class ChunkIndex:
             self._empty.add(len(self))
         self._index.add(embedding.reshape(1, -1))
 
+    def vectors(self, count: int) -> np.ndarray:
+        """The first ``count`` embeddings, [count, dimension] float32."""
+        return self._index.reconstruct_n(0, count)
+
     def search(self, query: np.ndarray, chunk_ids: Sequence[int], k: int) -> list[tuple[int, float]]:
         """The ``k`` best of ``chunk_ids`` by inner product, ties to the lower id.
 

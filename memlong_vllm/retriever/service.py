@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from memlong_vllm.retriever.embedder import Embedder
 
 Span = tuple[int, int]
 Decode = Callable[[Sequence[int]], str]
+_Key = tuple[str, bytes]
 
 _MAX_OVERTAKEN = 32
 _SHUTDOWN_TIMEOUT_S = 10.0
@@ -22,26 +25,50 @@ _SHUTDOWN_TIMEOUT_S = 10.0
 
 @dataclass(order=True, slots=True)
 class _Job:
-    """One span to embed. Jobs of lower ``rank`` go first."""
+    """One span to embed, kept under ``key``. Jobs of lower ``rank`` go first."""
 
     rank: int
     request_id: str = field(compare=False)
     span: Span = field(compare=False)
     token_ids: tuple[int, ...] = field(compare=False)
+    key: _Key = field(compare=False)
+
+
+@dataclass(slots=True)
+class RetrieverCounters:
+    """What was done since the start.
+
+    Attributes:
+        num_spans: spans asked for; ``num_known``: those whose embedding was kept from earlier.
+        num_batches: calls of the embedder; ``num_embedded``: texts in them.
+        largest_batch: texts.
+        embed_seconds: spent in the embedder, on its own thread.
+    """
+
+    num_spans: int = 0
+    num_known: int = 0
+    num_batches: int = 0
+    num_embedded: int = 0
+    largest_batch: int = 0
+    embed_seconds: float = 0.0
 
 
 class RetrieverService:
     """Embeddings of token spans, made ahead of their use.
 
     All public methods are called by the scheduler's thread; the embedder and the tokenizer are
-    used by the service's thread only. A span's text is embedded once as long as its embedding
-    stays among the ``cache_size`` last used, so equal texts have equal vectors.
+    used by the service's thread only. A span is embedded once as long as its embedding stays
+    among the ``cache_size`` last used, whoever asks for it within a namespace: then the answer is
+    there at once. Namespaces share nothing, so that none can tell by the time what others embed.
 
     Args:
         decode: token ids to text.
         instruction: put before every text.
         batch_size: texts in one call of the embedder.
-        cache_size: embeddings kept by text.
+        cache_size: embeddings kept.
+
+    Attributes:
+        counters: see :class:`RetrieverCounters`.
     """
 
     def __init__(
@@ -53,7 +80,8 @@ class RetrieverService:
         self._instruction = instruction or ""
         self._batch_size = batch_size
         self._cache_size = cache_size
-        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[_Key, np.ndarray] = OrderedDict()
+        self.counters = RetrieverCounters()
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
         self._num_jobs = 0
@@ -64,7 +92,7 @@ class RetrieverService:
         self._thread = threading.Thread(target=self._run, name="memlong-retriever", daemon=True)
         self._thread.start()
 
-    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], urgent: bool) -> None:
+    def submit(self, request_id: str, spans: dict[Span, tuple[int, ...]], urgent: bool, namespace: str = "") -> None:
         """Queue spans ({(start, end): token ids}) of a sequence, in the order given.
 
         Args:
@@ -75,10 +103,15 @@ class RetrieverService:
             if self._broken is not None:
                 self._failures[request_id] = self._broken
                 return
-            self._results.setdefault(request_id, {})
+            results = self._results.setdefault(request_id, {})
             for span, token_ids in spans.items():
+                key = namespace, array("q", token_ids).tobytes()
+                self.counters.num_spans += 1
+                if (vector := self._known(key)) is not None:
+                    results[span] = vector
+                    continue
                 rank = self._num_jobs - (_MAX_OVERTAKEN if urgent else 0)
-                heapq.heappush(self._jobs, _Job(rank, request_id, span, token_ids))
+                heapq.heappush(self._jobs, _Job(rank, request_id, span, token_ids, key))
                 self._num_jobs += 1
             self._changed.notify_all()
 
@@ -113,6 +146,18 @@ class RetrieverService:
         """Spans queued and not embedded yet."""
         with self._changed:
             return len(self._jobs)
+
+    def counters_as_dict(self) -> dict[str, float]:
+        """:class:`RetrieverCounters` by names that say what they count."""
+        c = self.counters
+        return {
+            "embedding_requests": c.num_spans,
+            "embedding_cache_hits": c.num_known,
+            "embedding_batches": c.num_batches,
+            "embedded_texts": c.num_embedded,
+            "largest_embedding_batch": c.largest_batch,
+            "embed_seconds": c.embed_seconds,
+        }
 
     def shutdown(self) -> None:
         with self._changed:
@@ -151,7 +196,7 @@ class RetrieverService:
     def _embed_jobs(self, jobs: list[_Job]) -> tuple[list[tuple[_Job, np.ndarray]], dict[str, str]]:
         """Embed together; if that fails, one by one, so that only the culprits' owners fail."""
         try:
-            return list(zip(jobs, self._embed([job.token_ids for job in jobs]), strict=True)), {}
+            return list(zip(jobs, self._embed(jobs), strict=True)), {}
         except Exception as error:  # noqa: BLE001 (whatever an embedder raises ends requests, not the engine)
             if len(jobs) == 1:
                 return [], {jobs[0].request_id: f"{type(error).__name__}: {error}"}
@@ -159,20 +204,41 @@ class RetrieverService:
         failures = {request_id: reason for _, failed in parts for request_id, reason in failed.items()}
         return [pair for vectors, _ in parts for pair in vectors], failures
 
-    def _embed(self, spans: list[tuple[int, ...]]) -> list[np.ndarray]:
-        texts = [self._decode(token_ids) for token_ids in spans]
-        missing = [text for text in dict.fromkeys(texts) if text and text not in self._cache]
+    def _embed(self, jobs: list[_Job]) -> list[np.ndarray]:
+        with self._changed:
+            found = {job.key: self._known(job.key) for job in jobs}
+        vectors = {key: vector for key, vector in found.items() if vector is not None}
+        texts = {job.key: self._decode(job.token_ids) for job in jobs if job.key not in vectors}
+        vectors |= {key: np.zeros(self.dimension, np.float32) for key, text in texts.items() if not text}
+        missing = {key: self._instruction + text for key, text in texts.items() if text}
         if missing:
-            vectors = self._embedder.embed([self._instruction + text for text in missing])
-            if vectors.shape != (len(missing), self.dimension):
-                raise ValueError(f"the embedder returned shape {vectors.shape} for {len(missing)} texts")
-            if not np.isfinite(vectors).all():
-                raise ValueError("the embedder returned a vector that is not finite")
-            self._cache.update(zip(missing, vectors.astype(np.float32), strict=True))
-        result = [self._cache[text] if text else np.zeros(self.dimension, np.float32) for text in texts]
-        for text in texts:
-            if text:
-                self._cache.move_to_end(text)
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-        return result
+            vectors |= zip(missing, self._embed_texts(list(missing.values())), strict=True)
+        with self._changed:
+            self._cache.update((key, vectors[key]) for key in texts)
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return [vectors[job.key] for job in jobs]
+
+    def _embed_texts(self, texts: list[str]) -> np.ndarray:
+        """[len(texts), dimension] float32; equal texts are embedded once."""
+        distinct = list(dict.fromkeys(texts))
+        started = time.perf_counter()
+        vectors = self._embedder.embed(distinct)
+        if vectors.shape != (len(distinct), self.dimension):
+            raise ValueError(f"the embedder returned shape {vectors.shape} for {len(distinct)} texts")
+        if not np.isfinite(vectors).all():
+            raise ValueError("the embedder returned a vector that is not finite")
+        counters = self.counters
+        counters.embed_seconds += time.perf_counter() - started
+        counters.num_batches += 1
+        counters.num_embedded += len(distinct)
+        counters.largest_batch = max(counters.largest_batch, len(distinct))
+        rows = {text: row for row, text in enumerate(distinct)}
+        return vectors.astype(np.float32)[[rows[text] for text in texts]]
+
+    def _known(self, key: _Key) -> np.ndarray | None:
+        vector = self._cache.get(key)
+        if vector is not None:
+            self._cache.move_to_end(key)
+            self.counters.num_known += 1
+        return vector

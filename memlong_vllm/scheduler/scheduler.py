@@ -11,17 +11,22 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from memlong_vllm.config import bank_slots, resolve
+from memlong_vllm.config import bank_slots, request_limits, resolve
 from memlong_vllm.plan import StepPlan
+from memlong_vllm.request_settings import RequestSettings, RequestSettingsError
 from memlong_vllm.retriever.embedder import load_embedder
 from memlong_vllm.retriever.service import RetrieverService
+from memlong_vllm.scheduler.counters import SchedulerCounters
 from memlong_vllm.scheduler.ledger import Ledger
 from memlong_vllm.scheduler.output import MemLongSchedulerOutput
+from memlong_vllm.scheduler.prefix_cache import PrefixCache, PrefixHit
+from memlong_vllm.scheduler.request_memory import RequestMemory
 from memlong_vllm.scheduler.sequence_retriever import SequenceRetriever
 from memlong_vllm.scheduler.trace import RetrievalTrace
 
@@ -35,23 +40,28 @@ _IDLE_WAIT_S = 0.02
 class MemLongScheduler(Scheduler):
     """Scheduling as in vLLM, with each step's memory plan on its output.
 
-    A request is admitted once the bank has room for all it can hold, and takes part in a step
-    only when the retrievals of that step's tokens are ready; meanwhile the others go on.
+    A request takes part in a step only when the retrievals of that step's tokens are ready;
+    meanwhile the others go on. It is admitted when the bank has room for its text so far beside
+    what the running ones still need for theirs; if their answers outgrow the bank, the last of
+    them is preempted, as vLLM does when blocks run short.
 
     Attributes:
         ledger: owner of the bank's slots.
-        num_holds: how often a request was kept out of a step because it waited for embeddings.
+        counters: what happened since the start.
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         model_config = vllm_config.model_config
         self._memory, deployment = resolve(model_config.hf_config, vllm_config.additional_config)
+        self._limits = request_limits(self._memory, deployment)
         self.ledger = Ledger(self._memory, bank_slots(vllm_config), self.max_num_scheduled_tokens)
-        self.num_holds = 0
-        self._sequences: dict[str, SequenceRetriever] = {}
+        self.counters = SchedulerCounters()
+        self._prefix_cache = PrefixCache(self.kv_cache_manager, self.ledger)
+        self._memories: dict[str, RequestMemory] = {}
         self._failures: dict[str, str] = {}
-        self._admission_blocked = False
+        self._hits: dict[str, PrefixHit] = {}
+        self._is_admission_closed = False
         self._trace = RetrievalTrace(deployment.trace_file) if deployment.trace_file else None
         retriever = self._memory.retriever
         # A copy of its own: a tokenizer must not be used by two threads at once.
@@ -71,23 +81,27 @@ class MemLongScheduler(Scheduler):
         super().add_request(request)
         if not is_new:
             return
-        if refusal := self._refusal(request):
-            self._failures[request.request_id] = refusal
+        try:
+            memory = self._make_memory(request)
+        except RequestSettingsError as error:
+            self._failures[request.request_id] = str(error)
             return
-        sequence = SequenceRetriever(
-            request.request_id, request.num_prompt_tokens, self._max_tokens(request), self._memory, self._service
-        )
-        self._sequences[request.request_id] = sequence
-        sequence.observe(request.all_token_ids)
+        self._memories[request.request_id] = memory
+        memory.retriever.observe(request.all_token_ids)
 
-    @staticmethod
-    def _refusal(request: Request) -> str | None:
-        """Why a request cannot be served, if so."""
+    def _make_memory(self, request: Request) -> RequestMemory:
         if request.resumable:
-            return "streaming input sessions are not supported by MemLong"
-        arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
-        unknown = sorted(name for name in arguments if name.startswith(("memlong", "memory_")))
-        return f"extra_args {unknown}: MemLong has no settings per request" if unknown else None
+            raise RequestSettingsError("streaming input sessions are not supported by MemLong")
+        arguments = request.sampling_params and request.sampling_params.extra_args
+        settings = RequestSettings.from_extra_args(arguments, self._limits)
+        config, max_tokens = settings.apply(self._memory), self._max_tokens(request)
+        namespace = request.cache_salt or ""
+        retriever = SequenceRetriever(
+            request.request_id, request.num_prompt_tokens, max_tokens, config, self._service, namespace
+        )
+        memory = RequestMemory(settings, config, retriever)
+        memory.address(request)
+        return memory
 
     def _max_tokens(self, request: Request) -> int:
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
@@ -99,61 +113,133 @@ class MemLongScheduler(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.ledger.close(request.request_id)
         self._failures.pop(request.request_id, None)
-        self._sequences.pop(request.request_id, None)
+        memory = self._memories.pop(request.request_id, None)
+        if memory is not None:
+            self.counters.end_hold(memory)
         self._service.cancel(request.request_id)
         return super()._free_request(request, *args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        is_reset = super().reset_prefix_cache(*args, **kwargs)
+        if is_reset:
+            self.ledger.pool.clear()
+        return is_reset
 
     # The step.
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._collect_failures()
         self.ledger.free_retired()
-        self._admission_blocked = False
-        num_holds = self.num_holds
+        num_holds = self.counters.holds
+        ready = [request for request in self.running if self._is_ready(request, request.num_computed_tokens)]
         for request in self.running:
-            if not self._is_ready(request):
+            if request not in ready:
                 # Skips the request in this step only (checked in Scheduler.schedule).
                 request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+        self._is_admission_closed = self._make_room(ready)
         output = super().schedule(*args, **kwargs)
-        if output.total_num_scheduled_tokens == 0 and self.num_holds > num_holds:
+        self._settle_admissions(output)
+        if output.total_num_scheduled_tokens == 0 and self.counters.holds > num_holds:
             self._service.wait(_IDLE_WAIT_S)
         return self._with_plan(output)
+
+    def _is_ready(self, request: Request, start: int) -> bool:
+        """Whether whatever this step can schedule of a request has its retrievals ready."""
+        memory = self._memories.get(request.request_id)
+        if memory is None:
+            return False
+        is_ready = memory.retriever.is_ready(start, start + self._most_tokens(request, start))
+        self.counters.note_hold(memory, is_held=not is_ready)
+        return is_ready
+
+    def _most_tokens(self, request: Request, start: int) -> int:
+        return min(request.num_tokens - start, self.max_num_scheduled_tokens)
+
+    def _make_room(self, ready: list[Request]) -> bool:
+        """Preempt the last requests until the bank has what this step of the others takes.
+
+        The first is never preempted and can always go on alone (``bank_slots`` sees to that), so
+        every request is served in the end.
+
+        Returns:
+            Whether any was preempted.
+        """
+        needs = {
+            request.request_id: self.ledger.slots_to_advance(
+                request.request_id, self._most_tokens(request, request.num_computed_tokens)
+            )
+            for request in ready
+        }
+        was_short = False
+        while len(self.running) > 1 and sum(needs.values()) > self.ledger.pool.num_available:
+            was_short = True
+            self.counters.preemptions += 1
+            victim = self._choose_victim()
+            self.running.remove(victim)
+            self._preempt_request(victim, time.monotonic())
+            needs.pop(victim.request_id, None)
+        return was_short
+
+    def _choose_victim(self) -> Request:
+        """As vLLM chooses when blocks run short."""
+        if self.policy == SchedulingPolicy.PRIORITY:
+            return max(self.running, key=lambda request: (request.priority, request.arrival_time))
+        return self.running[-1]
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Whether a waiting request may be admitted in this step (vLLM asks for each)."""
         if not super()._handle_blocked_waiting_request(request):
             return False
-        if request.request_id in self._failures:
-            return False
-        if self.ledger.is_open(request.request_id):
-            return self._is_ready(request)
+        memory = self._memories.get(request.request_id)
         # No overtaking: the first request that waits for slots is the next to get some.
-        max_tokens = self._max_tokens(request)
-        self._admission_blocked = self._admission_blocked or not self.ledger.can_open(max_tokens)
-        if self._admission_blocked or not self._is_ready(request):
+        if memory is None or self._is_admission_closed:
             return False
-        self.ledger.open(request.request_id, request.num_prompt_tokens, max_tokens)
+        hit = self._prefix_cache.find(request, memory.config, memory.keys, every_chunk=False)
+        if not self._is_ready(request, hit.num_tokens):
+            return False
+        if not self._fits(request, memory, hit):
+            self._is_admission_closed = True
+            return False
+        self.ledger.open(request.request_id, request.num_prompt_tokens, memory.config, memory.keys, hit.prefix)
+        self._hits[request.request_id] = hit
         return True
 
-    def _is_ready(self, request: Request) -> bool:
-        """Whether whatever this step can schedule of a request has its retrievals ready."""
-        sequence = self._sequences.get(request.request_id)
-        start = request.num_computed_tokens
-        end = min(request.num_tokens, start + self.max_num_scheduled_tokens)
-        ready = sequence is not None and sequence.is_ready(start, end)
-        self.num_holds += not ready
-        return ready
+    def _fits(self, request: Request, memory: RequestMemory, hit: PrefixHit) -> bool:
+        """Whether the bank has room for the request's text and for what the running ones need."""
+        needed = self.ledger.slots_at_most(request.num_tokens + 1, memory.config)
+        if hit.prefix is not None:
+            needed += hit.prefix.num_unheld - len(hit.prefix.chunks)
+        for other in self.running:
+            # One more each, for the answer to grow by.
+            needed += self.ledger.slots_to_come(other.request_id, other.num_tokens + 1) + 1
+        return needed <= self.ledger.pool.num_available
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+        hit = self._hits[request.request_id]
+        return hit.blocks, hit.num_tokens, 0, False
+
+    def _settle_admissions(self, output: SchedulerOutput) -> None:
+        """Take back the memory of requests that vLLM, short of blocks, did not admit after all."""
+        for request_id, hit in self._hits.items():
+            if request_id not in output.num_scheduled_tokens:
+                self.ledger.close(request_id)
+                continue
+            self.counters.prefix_hit_tokens += hit.num_tokens
+            if self._trace is not None and hit.prefix is not None:
+                for event in hit.prefix.events:
+                    self._trace.write(request_id, event, shared=True)
+        self._hits.clear()
 
     def _with_plan(self, output: SchedulerOutput) -> MemLongSchedulerOutput:
         plans = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             # super().schedule() has advanced num_computed_tokens past the step already.
             end = self.requests[request_id].num_computed_tokens
-            search = self._sequences[request_id].search
-            plan, events = self.ledger.advance(request_id, end - num_tokens, end, search)
-            plans.append(plan)
+            search = self.counters.timed(self._memories[request_id].retriever.search)
+            advance = self.ledger.advance(request_id, end - num_tokens, end, search)
+            plans.append(advance.plan)
             if self._trace is not None:
-                for event in events:
+                for event in advance.events:
                     self._trace.write(request_id, event)
         values = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
         return MemLongSchedulerOutput(**values, step_plan=StepPlan(tuple(plans)))
@@ -164,8 +250,8 @@ class MemLongScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(request_id)
-            if request is not None and request_id in self._sequences:
-                self._sequences[request_id].observe(request.all_token_ids)
+            if request is not None and request_id in self._memories:
+                self._memories[request_id].retriever.observe(request.all_token_ids)
         self._collect_failures()
         self._finish_failed(outputs)
         return outputs
@@ -176,7 +262,7 @@ class MemLongScheduler(Scheduler):
         for request_id, reason in self._service.take_failures().items():
             if request_id in self.requests:
                 self._failures[request_id] = f"the retriever failed: {reason}"
-                self._sequences.pop(request_id, None)
+                self._memories.pop(request_id, None)
 
     def _finish_failed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """End failed requests with an error; nothing else is touched."""
@@ -196,21 +282,24 @@ class MemLongScheduler(Scheduler):
             group.outputs.append(output)
         self._failures.clear()
 
-    def memory_stats(self) -> dict[str, int]:
-        """What is in use now; all zero but the capacities while no request is alive."""
-        pool = self.kv_cache_manager.block_pool
+    def memory_stats(self) -> dict[str, float]:
+        """What is in use now (zero while no request is alive), capacities, and what was done."""
+        pool, slots = self.kv_cache_manager.block_pool, self.ledger.pool
         num_running, num_waiting = self.get_request_counts()
         return {
             "running": num_running,
             "waiting": num_waiting,
-            "sequences": len(self._sequences),
-            "slots_used": self.ledger.num_slots - self.ledger.num_free_slots,
-            "slots_total": self.ledger.num_slots,
+            "sequences": len(self._memories),
+            "slots_used": slots.num_slots - slots.num_available,
+            "slots_kept": slots.num_kept,
+            "slots_total": slots.num_slots,
             # One block is vLLM's placeholder for positions without a block.
             "kv_blocks_used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
             "kv_blocks_total": pool.num_gpu_blocks - 1,
             "pending_embeddings": self._service.num_pending(),
-            "holds": self.num_holds,
+            "slot_evictions": slots.num_evictions,
+            **self.counters.as_dict(),
+            **self._service.counters_as_dict(),
         }
 
     def shutdown(self) -> None:

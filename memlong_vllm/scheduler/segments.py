@@ -33,14 +33,22 @@ class Retrieval:
 
 
 class SegmentClock:
-    """Positions of the retrievals of one sequence with a prompt of ``prompt_len`` tokens."""
+    """Positions of the retrievals of one sequence with a prompt of ``prompt_len`` tokens.
 
-    def __init__(self, config: MemoryConfig, prompt_len: int) -> None:
+    Args:
+        reads_named: the sequence reads named memories, which can be reached from anywhere.
+    """
+
+    def __init__(self, config: MemoryConfig, prompt_len: int, reads_named: bool = False) -> None:
         self._config = config
         self._prompt_len = prompt_len
+        self._reads_named = reads_named
 
     def retrievals(self, start: int, end: int) -> Iterator[Retrieval]:
-        """Retrievals at positions in [start, end) that can reach at least one chunk, in order."""
+        """Retrievals at positions in [start, end) that can reach at least one chunk, in order.
+
+        A query without text (before the first segment) finds nothing and is not made.
+        """
         stride = self._config.retrieval_stride
         segment = start // stride * stride
         while segment < end:
@@ -56,8 +64,8 @@ class SegmentClock:
         self, position: int, kind: Literal["segment", "prompt_end"], segment: int, query: Span
     ) -> Iterator[Retrieval]:
         window_start = segment + self._config.retrieval_stride - self._config.local_window
-        num_reachable = window_start // self._config.chunk_size
-        if num_reachable > 0:
+        num_reachable = max(0, window_start // self._config.chunk_size) if self._config.capacity > 0 else 0
+        if num_reachable > 0 or (self._reads_named and query[1] > query[0]):
             yield Retrieval(position, kind, query, num_reachable, origin=max(0, window_start) - 1)
 
     def _segment_query(self, segment: int) -> Span:

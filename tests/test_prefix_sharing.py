@@ -1,0 +1,189 @@
+"""Sequences with equal beginnings share blocks and memory, and nothing about their results changes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from vllm import RequestOutput
+
+from tests.checkpoints import novel
+from tests.engines import Engine, Reference
+
+TINY = 1e-5
+BLOCK = 32
+CHUNK_BYTES = 16 * 2 * 2 * 32 * 4
+
+
+@pytest.fixture(scope="module")
+def tokens(checkpoints: Any) -> list[int]:
+    return checkpoints.tokenizer(novel()[3000:200_000])["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Any) -> Any:
+    return checkpoints.memlong()
+
+
+@pytest.fixture(scope="module")
+def reference(model: Any) -> Reference:
+    return Reference(model)
+
+
+def ask(engine: Engine, prompt: list[int], **sampling: Any) -> str:
+    """A request that may read the prefix cache, which prompt_logprobs does not."""
+    return engine.add(prompt, prompt_logprobs=None, **({"max_tokens": 12} | sampling))
+
+
+def assert_answer(output: RequestOutput, reference: Reference, tolerance: float = TINY) -> None:
+    """The completion's log-probabilities are those of the reference, which shares nothing."""
+    prompt, completion = list(output.prompt_token_ids), output.outputs[0]
+    answer = list(completion.token_ids)
+    logits = reference.logits(prompt + answer, len(prompt))[len(prompt) - 1 : -1]
+    assert answer == logits.argmax(-1).tolist()
+    expected = logits.log_softmax(-1)[torch.arange(len(answer)), answer]
+    measured = torch.tensor([entry[token].logprob for entry, token in zip(completion.logprobs, answer, strict=True)])
+    difference = (measured - expected).abs().max().item()
+    assert difference <= tolerance, f"log-probabilities differ by {difference}"
+
+
+def cached(output: RequestOutput) -> int:
+    return output.num_cached_tokens or 0
+
+
+def test_a_second_question_takes_over_the_document(
+    start_engine: Any, model: Any, reference: Reference, tokens: list[int]
+) -> None:
+    engine: Engine = start_engine(model, block_size=BLOCK)
+    document = tokens[:1000]
+    questions = [tokens[5000 + i * 50 : 5020 + i * 60] for i in range(3)]
+    first = ask(engine, document + questions[0])
+    outputs = engine.run()
+    assert cached(outputs[first]) == 0
+    before = engine.scheduler.memory_stats()
+    assert before["slots_kept"] >= 1000 // 16
+    others = [ask(engine, document + question) for question in questions[1:]]
+    outputs |= engine.run()
+    after = engine.scheduler.memory_stats()
+    for request_id in others:
+        assert cached(outputs[request_id]) == 992
+    # Of the document, nothing is embedded again: only what lies beyond the shared blocks.
+    embedded = after["embedded_texts"] - before["embedded_texts"]
+    assert embedded <= sum((len(question) + 12) // 16 + 3 for question in questions[1:])
+    for output in outputs.values():
+        assert_answer(output, reference)
+    engine.assert_empty()
+
+
+def test_nothing_from_the_prompts_end_on_is_taken_over(
+    start_engine: Any, model: Any, reference: Reference, tokens: list[int]
+) -> None:
+    """Later tokens of the first request attend to what its prompt's end retrieved."""
+    engine: Engine = start_engine(model, block_size=BLOCK)
+    first = ask(engine, tokens[:330], max_tokens=100)
+    outputs = engine.run()
+    follow_up = tokens[:330] + list(outputs[first].outputs[0].token_ids) + tokens[900:930]
+    again, second = ask(engine, tokens[:330]), ask(engine, follow_up)
+    outputs |= engine.run()
+    # 329 lies in the segment [320, 336).
+    assert cached(outputs[again]) == cached(outputs[second]) == 320
+    for output in outputs.values():
+        assert_answer(output, reference)
+
+
+def test_salts_and_settings_keep_requests_apart(start_engine: Any, model: Any, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model, block_size=BLOCK)
+    prompt = tokens[:600]
+    variants = [({}, None), ({}, "tenant"), ({"top_k": 1}, None), ({"memory_size": 256}, None), ({"top_k": 1}, "b")]
+    for extra_args, salt in variants:
+        for expected in (0, 576):
+            embedded = engine.scheduler.memory_stats()["embedded_texts"]
+            request = ask(engine, prompt, extra_args=extra_args, salt=salt)
+            assert cached(engine.run()[request]) == expected
+            news = engine.scheduler.memory_stats()["embedded_texts"] - embedded
+            first_of_its_salt = expected == 0 and (extra_args, salt) in (variants[0], variants[1], variants[4])
+            assert (news > 30) == first_of_its_salt
+    engine.assert_empty()
+
+
+def test_settings_per_request(start_engine: Any, model: Any, checkpoints: Any, tokens: list[int]) -> None:
+    """A request with settings of its own gets what a server configured like that would answer."""
+    engine: Engine = start_engine(model, block_size=BLOCK, memlong={"max_top_k": 5, "max_memory_size": 1024})
+    prompt = tokens[:900]
+    settings = [{}, {"top_k": 5}, {"memory_size": 128}, {"memory_size": 1024, "top_k": 1}, {"memory_size": 0}]
+    for _ in range(2):  # The second time, on shared prefixes.
+        requests = [ask(engine, prompt, extra_args=extra_args) for extra_args in settings]
+        outputs = engine.run()
+        for request, extra_args in zip(requests, settings, strict=True):
+            assert_answer(outputs[request], Reference(checkpoints.memlong(**extra_args)))
+    assert cached(outputs[requests[0]]) > 0
+    engine.assert_empty()
+
+
+@pytest.mark.parametrize("bad", [{"top_k": 3}, {"top_k": 0}, {"memory_size": 1024}, {"memory_size": 100},
+                                 {"memory_sise": 16}, {"memory_size": "16"}, {"memory_read": "../etc"}])  # fmt: skip
+def test_bad_settings_are_refused_before_the_engine(
+    start_engine: Any, model: Any, tokens: list[int], bad: dict[str, Any], request: Any
+) -> None:
+    engine: Engine = request.getfixturevalue("settings_engine")
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        ask(engine, tokens[:50], extra_args=bad)
+    engine.assert_empty()
+
+
+@pytest.fixture(scope="module")
+def settings_engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    engine = Engine(model, trace_file=tmp_path_factory.mktemp("settings") / "trace.jsonl")
+    yield engine
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_arrivals_hits_evictions_and_preemptions(
+    start_engine: Any, checkpoints: Any, tokens: list[int], seed: int
+) -> None:
+    """Few documents, many questions, a bank and a block pool that are far too small for them."""
+    memory = [{}, {"memory_size": 128, "top_k": 3}, {"query_scope": "current", "fusion": "joint"}][seed]
+    model = checkpoints.memlong(**memory)
+    one = 1100 // 16 if seed != 1 else 128 // 16 + 128 // 16
+    engine: Engine = start_engine(
+        model, block_size=BLOCK, max_model_len=1024, num_gpu_blocks_override=40, max_num_batched_tokens=96 + 32 * seed,
+        memlong={"bank_gib": (one + (24, 70, 24)[seed]) * CHUNK_BYTES / 2**30}, max_num_seqs=6,
+    )  # fmt: skip
+    generator = random.Random(seed)
+    documents = [tokens[i * 1500 : i * 1500 + length] for i, length in enumerate((700, 350, 500))]
+
+    def prompt() -> list[int]:
+        document = generator.choice(documents)
+        cut = generator.choice([len(document), len(document), generator.randrange(100, len(document))])
+        first = generator.randrange(6000, 7000)
+        return document[:cut] + tokens[first : first + generator.randrange(1, 60)]
+
+    pending = [prompt() for _ in range(22)]
+
+    def arrive(step: int) -> None:
+        engine.scheduler.ledger.check()
+        if pending and (step % 7 == 0 or generator.random() < 0.2):
+            ask(engine, pending.pop(), max_tokens=generator.randrange(1, 90))
+        if step and step % 41 == 0:
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+        if generator.random() < 0.03 and len(engine.scheduler.running) > 1:
+            victim = engine.scheduler.running.pop()
+            engine.scheduler._preempt_request(victim, 0.0)
+
+    ask(engine, pending.pop())
+    outputs = engine.run(arrive)
+    while pending:
+        ask(engine, pending.pop())
+        outputs |= engine.run(arrive)
+    assert len(outputs) == 22
+    reference = Reference(model)
+    for output in outputs.values():
+        assert_answer(output, reference)
+    stats = engine.scheduler.memory_stats()
+    assert stats["prefix_hit_tokens"] > 500
+    assert stats["slot_evictions"] > 50
+    assert sum(cached(output) > 0 for output in outputs.values()) >= 3
+    engine.assert_empty()
