@@ -1,0 +1,1 @@
+"""Named memories on disk: chunks that outlive the sequence they came from."""
