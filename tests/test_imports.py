@@ -30,7 +30,7 @@ MAY_IMPORT_VLLM = (
 )
 # config re-exports the checkpoint's configuration from the reference. Shards are written and read
 # by workers; the scheduler's side knows their names and headers only.
-SHARDS = {"memlong_vllm.memories.shards", "memlong_vllm.memories.shard_layout", "memlong_vllm.memories.errors"}
+SHARDS = {f"memlong_vllm.memories.{module}" for module in ("shards", "shard_layout", "durable", "errors")}
 SHARED = {"memlong_vllm.plan", "memlong_vllm.config", "memlong_vllm.reference.configuration_memlong"} | SHARDS
 CYCLE = {"a": {"b"}, "b": {"c"}, "c": {"a"}}
 

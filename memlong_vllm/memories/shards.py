@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from memlong_vllm.memories.durable import UNFINISHED, finish
 from memlong_vllm.memories.errors import ShardError
 from memlong_vllm.memories.shard_layout import TENSOR, ShardHeader, checked_header, shard_file, shard_files
 
@@ -36,24 +37,14 @@ def write_shard(path: str, rank: int, num_ranks: int, first_head: int, kv: torch
     if kv.dim() != 5 or kv.shape[1] != 2 or 0 in kv.shape:
         raise ShardError(f"{file}: cannot write a tensor of shape {list(kv.shape)}")
     metadata = {"first_head": str(first_head), "num_heads": str(kv.shape[2])}
-    unfinished = file + ".tmp"
+    unfinished = file + UNFINISHED
     try:
         save_file({TENSOR: kv.detach().to("cpu").contiguous()}, unfinished, metadata=metadata)
-        _sync(unfinished)
-        os.rename(unfinished, file)
-        _sync(os.path.dirname(file))
+        finish(unfinished, file)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise ShardError(f"{file}: cannot be written: {error}") from error
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(slots=True)
