@@ -28,8 +28,10 @@ MAY_IMPORT_VLLM = (
     "engine_patches",
     "engine_patches.*",
 )
-# config re-exports the checkpoint's configuration from the reference.
-SHARED = {"memlong_vllm.plan", "memlong_vllm.config", "memlong_vllm.reference.configuration_memlong"}
+# config re-exports the checkpoint's configuration from the reference. Shards are written and read
+# by workers; the scheduler's side knows their names and headers only.
+SHARDS = {f"memlong_vllm.memories.{module}" for module in ("shards", "shard_layout", "durable", "errors")}
+SHARED = {"memlong_vllm.plan", "memlong_vllm.config", "memlong_vllm.reference.configuration_memlong"} | SHARDS
 CYCLE = {"a": {"b"}, "b": {"c"}, "c": {"a"}}
 
 Graph = dict[str, set[str]]
@@ -151,10 +153,24 @@ def test_scheduler_and_worker_share_only_plan_and_config() -> None:
         ("memlong_vllm.worker", "memlong_vllm.retriever"),
         ("memlong_vllm.retriever", "memlong_vllm.scheduler"),
         ("memlong_vllm.retriever", "memlong_vllm.worker"),
+        ("memlong_vllm.memories", "memlong_vllm.scheduler"),
+        ("memlong_vllm.memories", "memlong_vllm.worker"),
+        ("memlong_vllm.memories", "memlong_vllm.retriever"),
     ],
 )
 def test_no_side_imports_another_even_lazily(side: str, other: str) -> None:
     assert {module: ours(module) & folder(other) for module in folder(side)} == {m: set() for m in folder(side)}
+
+
+def test_of_named_memories_workers_know_the_shards_only() -> None:
+    edges = graph()
+    assert reachable(edges, folder("memlong_vllm.worker")) & folder("memlong_vllm.memories") <= SHARDS
+    assert reachable(edges, SHARDS) == SHARDS
+
+
+def test_of_named_memories_only_the_shards_contents_need_torch() -> None:
+    importing = {m for m in folder("memlong_vllm.memories") if {"vllm", "torch"} & set(map(top_level, imports(m)))}
+    assert importing == {"memlong_vllm.memories.shards"}
 
 
 def test_only_the_modules_that_must_import_vllm() -> None:
