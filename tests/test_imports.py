@@ -18,6 +18,7 @@ MAX_LINES = 400
 VAGUE_NAMES = ("util", "helper", "misc", "toolkit")
 MAY_IMPORT_VLLM = (
     "memlong_vllm",
+    "memlong_vllm.capacity",
     "memlong_vllm.model",
     "memlong_vllm.retrieval_attention",
     "memlong_vllm.local_attention*",

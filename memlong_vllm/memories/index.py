@@ -145,7 +145,8 @@ class CorpusIndex:
     def write(self, path: Path) -> None:
         """Save what was built, without the embeddings, in FAISS's format; ``path`` is replaced at once.
 
-        An exact index is an empty flat one there, so its file is small.
+        The file is readable by its owner only, as most indexes hold the vectors in some form. An
+        exact index is an empty flat one there, so its file is small.
         """
         index = faiss.IndexFlatIP(self.dimension) if self._index is None else self._index
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
