@@ -229,7 +229,8 @@ def test_a_chunk_is_written_and_read_in_one_step() -> None:
     ledger = Ledger(make_config(), 8, 8)
     ledger.open("r", 100, 8)
     plan, _ = ledger.advance("r", 0, 6, first_always)
-    assert plan.reads == (ReadSpan(2, 4, plan.write_slots[:1], 1), ReadSpan(4, 6, plan.write_slots[:2], 3))
+    first, second = ReadSpan(2, 4, plan.write_slots[:1], 1, 0), ReadSpan(4, 6, plan.write_slots[:2], 3, 1)
+    assert plan.reads == (first, second)
 
 
 def test_a_forgotten_slot_is_not_reused_while_the_set_in_use_reads_it() -> None:
