@@ -76,9 +76,12 @@ def _with_plan(execute_model: Callable[..., Any]) -> Callable[..., Any]:
         memory = self.get_model().step_memory
         memory.stage(scheduler_output.step_plan)
         try:
-            return execute_model(self, scheduler_output, *args, **kwargs)
-        finally:
-            memory.end_step()
+            result = execute_model(self, scheduler_output, *args, **kwargs)
+        except BaseException:
+            memory.abandon_step()
+            raise
+        memory.end_step()
+        return result
 
     return wrapper
 

@@ -20,6 +20,8 @@ __all__ = ["DeploymentConfig", "MemLongConfig", "MemoryConfig", "MemoryConfigErr
 
 GIB = 1 << 30
 ARCHITECTURE = "MemLongForCausalLM"
+BANK_DEVICES = ("device", "cpu")
+DEFAULT_STAGING_TOKENS = 8192
 # Frequencies that depend on the length: stored keys would have to be rotated anew as it grows.
 UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
@@ -32,6 +34,10 @@ class DeploymentConfig:
 
     Attributes:
         bank_gib: size of each rank's bank, in GiB (2**30 bytes), for all sequences together.
+        bank_device: where the bank is: ``"device"``, or ``"cpu"`` for the host's memory, pinned and
+            accessed in place by a GPU.
+        staging_tokens: tokens whose keys and values prefills copy out of the bank at once, at
+            least ``top_k * chunk_size``; by default that or 8192, whichever is more.
         retriever_path: folder or hub name that takes the place of ``retriever.model``.
         retriever_device: torch device of the embedder, for example ``"cpu"`` or ``"cuda:0"``.
         retriever_batch_size: texts embedded in one forward pass. By default 1 on a CPU, where
@@ -43,6 +49,8 @@ class DeploymentConfig:
     """
 
     bank_gib: float = 4.0
+    bank_device: str = "device"
+    staging_tokens: int | None = None
     retriever_path: str | None = None
     retriever_device: str = "cpu"
     retriever_batch_size: int | None = None
@@ -55,7 +63,10 @@ class DeploymentConfig:
         is_number = isinstance(self.bank_gib, int | float) and not isinstance(self.bank_gib, bool)
         if not is_number or not math.isfinite(self.bank_gib) or self.bank_gib <= 0:
             raise MemoryConfigError("bank_gib", self.bank_gib, "must be a positive number of GiB")
-        for name in ("retriever_batch_size", "retriever_cache_size", "max_memory_size", "max_top_k"):
+        if self.bank_device not in BANK_DEVICES:
+            raise MemoryConfigError("bank_device", self.bank_device, f"must be one of {BANK_DEVICES}")
+        counts = ("retriever_batch_size", "retriever_cache_size", "staging_tokens", "max_memory_size", "max_top_k")
+        for name in counts:
             value = getattr(self, name)
             by_default = name != "retriever_cache_size" and value is None
             if not by_default and (type(value) is not int or value < 1):
@@ -88,7 +99,27 @@ def resolve(hf_config: MemLongConfig, additional_config: dict[str, Any]) -> tupl
         block["retriever"] = {**hf_config.memory.to_dict()["retriever"], **settings["retriever"]}
     if deployment.retriever_path is not None and isinstance(block["retriever"], dict):
         block["retriever"]["model"] = deployment.retriever_path
-    return MemoryConfig.from_dict(block, hf_config.num_hidden_layers), deployment
+    memory = MemoryConfig.from_dict(block, hf_config.num_hidden_layers)
+    num_staging_tokens(request_limits(memory, deployment), deployment)
+    return memory, deployment
+
+
+def num_staging_tokens(memory: MemoryConfig, deployment: DeploymentConfig) -> int:
+    """Tokens that the staging buffers hold.
+
+    Args:
+        memory: the settings of a request that asks for as much as it may.
+
+    Raises:
+        MemoryConfigError: if the deployment's number is below the largest retrieved set.
+    """
+    largest_set = memory.top_k * memory.chunk_size
+    if deployment.staging_tokens is None:
+        return max(largest_set, DEFAULT_STAGING_TOKENS)
+    if deployment.staging_tokens < largest_set:
+        rule = f"must be at least top_k * chunk_size ({largest_set})"
+        raise MemoryConfigError("staging_tokens", deployment.staging_tokens, rule)
+    return deployment.staging_tokens
 
 
 def request_limits(memory: MemoryConfig, deployment: DeploymentConfig) -> MemoryConfig:
@@ -136,11 +167,34 @@ def bank_slots(vllm_config: VllmConfig) -> int:
     hf_config = model_config.hf_config
     memory, deployment = resolve(hf_config, vllm_config.additional_config)
     memory = request_limits(memory, deployment)
-    num_kv_heads = model_config.get_num_kv_heads(vllm_config.parallel_config)
-    chunk_bytes = 2 * memory.chunk_size * num_kv_heads * hf_config.head_dim * model_config.dtype.itemsize
+    chunk_bytes = memory.chunk_size * _token_bytes(vllm_config)
     one = max_sequence_slots(memory, model_config.max_model_len, scheduler_config.max_num_batched_tokens)
     fitting = int(deployment.bank_gib * GIB) // chunk_bytes
     if fitting < one:
         rule = f"a sequence of max_model_len ({model_config.max_model_len}) may need {one * chunk_bytes / GIB:.2f} GiB"
         raise MemoryConfigError("bank_gib", deployment.bank_gib, rule)
     return min(fitting, one * scheduler_config.max_num_seqs)
+
+
+def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
+    """Bytes of each rank's keys and values, without allocating any.
+
+    Returns:
+        ``bank``, in the place ``bank_device`` says; ``working_set``, the retrieved chunks of
+        ``max_num_seqs`` decoding sequences, and ``staging``, both on the device.
+    """
+    memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+    memory = request_limits(memory, deployment)
+    tokens = {
+        "bank": bank_slots(vllm_config) * memory.chunk_size,
+        "working_set": vllm_config.scheduler_config.max_num_seqs * memory.top_k * memory.chunk_size,
+        "staging": num_staging_tokens(memory, deployment),
+    }
+    return {name: count * _token_bytes(vllm_config) for name, count in tokens.items()}
+
+
+def _token_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of a token's keys and values on one rank."""
+    model_config = vllm_config.model_config
+    num_kv_heads = model_config.get_num_kv_heads(vllm_config.parallel_config)
+    return 2 * num_kv_heads * model_config.hf_config.head_dim * model_config.dtype.itemsize

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -18,12 +19,15 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
-from memlong_vllm.config import MemLongConfig, MemoryConfig, bank_slots, resolve
+from memlong_vllm.config import MemLongConfig, MemoryConfig, bank_slots, num_staging_tokens, request_limits, resolve
 from memlong_vllm.local_attention import choose_backend, lse_backend
 from memlong_vllm.retrieval_attention import MemoryStore, RetrievalAttention
 from memlong_vllm.worker.bank import MemoryBank
+from memlong_vllm.worker.host_memory import allocate_host
 from memlong_vllm.worker.step_memory import StepMemory
+from memlong_vllm.worker.transfer import RankHeads
 
 logger = init_logger(__name__)
 
@@ -148,6 +152,41 @@ class MemLongDecoderLayer(LlamaDecoderLayer):
         super().__init__(vllm_config, prefix, config, attn_layer_type=MemLongAttention)
 
 
+def make_step_memory(vllm_config: VllmConfig, device: torch.device) -> StepMemory:
+    """This rank's bank and all buffers of the memory. Nothing is allocated later on the device
+    but what a step's attention needs for a moment, so vLLM's memory profile sees it all."""
+    model_config = vllm_config.model_config
+    memory, deployment = resolve(model_config.hf_config, vllm_config.additional_config)
+    limits = request_limits(memory, deployment)
+    num_kv_heads = model_config.get_num_kv_heads(vllm_config.parallel_config)
+    view = get_accelerator_view_from_cpu_tensor if device.type != "cpu" else None
+    bank = MemoryBank(
+        bank_slots(vllm_config),
+        memory.chunk_size,
+        num_kv_heads,
+        model_config.hf_config.head_dim,
+        model_config.dtype,
+        device,
+        partial(allocate_host, view=view) if deployment.bank_device == "cpu" else None,
+    )
+    return StepMemory(
+        bank,
+        vllm_config.scheduler_config.max_num_seqs,
+        limits.top_k,
+        num_staging_tokens(limits, deployment),
+        rank_heads(model_config.get_total_num_kv_heads(), num_kv_heads),
+        limit_row_reads=memory.memory_adapter is not None,
+    )
+
+
+def rank_heads(total_num_kv_heads: int, num_kv_heads: int) -> RankHeads:
+    """The key-value heads that QKVParallelLinear gives this rank. Where ranks outnumber heads,
+    neighbours have the same."""
+    rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    num_replicas = max(1, num_ranks // total_num_kv_heads)
+    return RankHeads(rank, num_ranks, rank // num_replicas * num_kv_heads)
+
+
 class MemLongForCausalLM(LlamaForCausalLM):
     """Llama with a MemLong memory.
 
@@ -157,22 +196,13 @@ class MemLongForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=MemLongDecoderLayer)
-        model_config = vllm_config.model_config
-        memory, _ = resolve(self.config, vllm_config.additional_config)
-        bank = MemoryBank(
-            bank_slots(vllm_config),
-            memory.chunk_size,
-            model_config.get_num_kv_heads(vllm_config.parallel_config),
-            self.config.head_dim,
-            model_config.dtype,
-            next(self.parameters()).device,
-        )
-        self.step_memory = StepMemory(bank)
+        self.step_memory = make_step_memory(vllm_config, next(self.parameters()).device)
         self._is_loaded = False
         for module in self.modules():
             if isinstance(module, RetrievalAttention | MemoryStore):
                 module.step_memory = self.step_memory
-        logger.info("Memory bank: %d chunks, %.2f GiB a rank", bank.keys.shape[1], bank.num_bytes / 2**30)
+        sizes = {name: f"{size / 2**30:.2f} GiB" for name, size in self.step_memory.num_bytes().items()}
+        logger.info("Memory: %d chunks a rank, %s", self.step_memory.bank.keys.shape[1], sizes)
 
     @staticmethod
     def get_model_state_cls() -> type:

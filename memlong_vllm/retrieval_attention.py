@@ -23,10 +23,9 @@ from memlong_vllm.memory_attention import attend, attend_chunks, attend_with_lse
 from memlong_vllm.worker.step_memory import StepMemory
 from memlong_vllm.worker.step_metadata import ReadGroup
 
-# Reads are done in parts of at most so many tokens a span and gathered memory tokens in all, which
-# bounds the copies of keys and values (and the scores) that exist at a time.
+# So many tokens of a span are attended at once, which bounds the scores that exist at a time; how
+# many spans there are at once is bounded by what the group's chunks are read into.
 _MAX_SPAN_TOKENS = 128
-_MAX_GATHERED_TOKENS = 16384
 
 
 class RetrievalAttention(nn.Module):
@@ -106,33 +105,37 @@ class RetrievalAttention(nn.Module):
         """
         rows = output.view(output.shape[0], self.num_heads, self.padded_dim)
         for group in self._groups():
-            batch = max(1, _MAX_GATHERED_TOKENS // (group.slots.shape[1] * self.config.chunk_size))
-            for first in range(0, group.slots.shape[0], batch):
-                spans = slice(first, first + batch)
-                for token in range(0, group.token_idx.shape[1], _MAX_SPAN_TOKENS):
-                    part = spans, slice(token, token + _MAX_SPAN_TOKENS)
-                    tokens, positions = group.token_idx[part], group.positions[part]
-                    self._retrieve(query, rows, ReadGroup(tokens, positions, group.slots[spans]))
+            keys, values = self._read(group)
+            for first in range(0, group.token_idx.shape[1], _MAX_SPAN_TOKENS):
+                part = slice(first, first + _MAX_SPAN_TOKENS)
+                self._retrieve(query, rows, group.token_idx[:, part], group.positions[:, part], keys, values)
 
     def _groups(self) -> tuple[ReadGroup, ...]:
         assert self.step_memory is not None, "the model was used before its bank was attached"
         metadata = self.step_memory.metadata
         return metadata.groups if metadata is not None else ()
 
-    def _retrieve(self, query: torch.Tensor, rows: torch.Tensor, group: ReadGroup) -> None:
-        token_idx = group.token_idx.flatten()
-        shape = (*group.token_idx.shape, self.num_heads, self.padded_dim)
-        rotated, _ = self.rotary_emb.forward_native(group.positions.flatten(), query[token_idx])
-        local_query = rotated.view(shape)[..., : self.head_dim]
-        keys, values = self._gather(group.slots)
+    def _retrieve(
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Tokens [G, n] of the batch, at local positions [G, n], attend to [G, R, M, d]."""
+        token_idx = tokens.flatten()
+        rotated, _ = self.rotary_emb.forward_native(positions.flatten(), query[token_idx])
+        local_query = rotated.view(*tokens.shape, self.num_heads, self.padded_dim)[..., : self.head_dim]
         local = rows[token_idx, :, : self.head_dim]
         fused = self._fuse(local_query, keys, values, local, token_idx)
         rows[token_idx, :, : self.head_dim] = fused.to(rows.dtype)
 
-    def _gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [G, R, M, d] of chunks [G, c], as this layer wants them."""
+    def _read(self, group: ReadGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [G, R, M, d] of a group's chunks, as this layer wants them."""
         assert self.step_memory is not None
-        keys, values = self.step_memory.bank.gather(slots)
+        keys, values = self.step_memory.read(group.source)
         if self.config.memory_adapter is None:
             return keys, values
         # [G, R, M, d] -> [G, M, R·d] of all ranks' heads

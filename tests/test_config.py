@@ -19,6 +19,7 @@ from memlong_vllm.config import (
     RetrieverConfig,
     bank_slots,
     max_sequence_slots,
+    memory_bytes,
     resolve,
 )
 
@@ -214,8 +215,14 @@ def test_a_model_configuration_without_a_block_says_how_to_get_one() -> None:
 
 BAD_DEPLOYMENT_FIELDS = [
     *(("bank_gib", value) for value in (0, -1.5, "4", None, True, math.inf, math.nan)),
+    *(("bank_device", value) for value in ("cuda", "", None, 1, ["cpu"])),
     *(("retriever_cache_size", value) for value in NOT_COUNTS),
-    *(("retriever_batch_size", value) for value in NOT_COUNTS if value is not None),
+    *(
+        (name, value)
+        for name in ("retriever_batch_size", "staging_tokens")
+        for value in NOT_COUNTS
+        if value is not None
+    ),
     *(("retriever_device", value) for value in (None, 0)),
     *((name, value) for name in ("trace_file", "retriever_path") for value in (3, False, ["a"])),
 ]
@@ -239,6 +246,8 @@ def test_nothing_to_override(additional: dict[str, Any]) -> None:
 def test_deployment_fields_and_overrides_stand_side_by_side() -> None:
     own = {
         "bank_gib": 2,
+        "bank_device": "cpu",
+        "staging_tokens": 10_000,
         "retriever_path": "/models/own",
         "retriever_device": "cuda:1",
         "retriever_batch_size": 16,
@@ -275,6 +284,8 @@ def test_the_retriever_path_wins_over_an_override() -> None:
         ({"retriever": "a"}, "retriever", "a"),
         ({"retriever": "a", "retriever_path": "b"}, "retriever", "a"),
         ({"retrieval_stride": 2048}, "local_window", 1024),
+        ({"staging_tokens": 4 * 64 - 1}, "staging_tokens", 255),
+        ({"staging_tokens": 512, "top_k": 9}, "staging_tokens", 512),
         ({"retriever_path": ""}, "retriever.model", ""),
         ({"retrieval_layers": [26]}, "retrieval_layers", [26]),
     ],
@@ -365,3 +376,13 @@ def test_a_bank_too_small_for_one_sequence_is_refused() -> None:
     with pytest.raises(MemoryConfigError, match=r"max_model_len \(10000\) may need 0\.00 GiB") as raised:
         bank_slots(engine(size))
     expect_refusal(raised.value, "bank_gib", size)
+
+
+def test_bytes_are_those_of_slots_rows_and_staging() -> None:
+    token = 2 * 2 * 8 * 4
+    config = engine(CHUNK_GIB * 100.5, max_num_seqs=3)
+    assert memory_bytes(config) == {"bank": 6400 * token, "working_set": 3 * 256 * token, "staging": 8192 * token}
+    config.additional_config["memlong"] |= {"top_k": 200}
+    assert memory_bytes(config)["staging"] == 12_800 * token
+    config.additional_config["memlong"] |= {"top_k": 4, "staging_tokens": 256}
+    assert memory_bytes(config)["staging"] == 256 * token

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""(shape, dtype) -> an uninitialised tensor that the rank's device reads and writes."""
 
 
 class MemoryBank:
-    """Keys and values of ``num_slots`` chunks.
+    """Keys and values of ``num_slots`` chunks, in the device's memory or in the host's.
 
     Args:
         num_kv_heads: this rank's key-value heads.
         head_dim: the model's, without any padding of the attention backend.
+        device: where the tokens are computed and all indices are.
+        allocate: of storage elsewhere, such as :func:`memlong_vllm.worker.host_memory.allocate_host`.
 
     Attributes:
-        keys, values: [num_kv_heads, num_slots, chunk_size, head_dim]. Heads come first, so that
-            gathered slots are one long row of tokens per head without another copy.
+        keys, values: [num_kv_heads, num_slots, chunk_size, head_dim], tensors of ``device``.
     """
 
     def __init__(
@@ -25,15 +31,24 @@ class MemoryBank:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        allocate: Allocate | None = None,
     ) -> None:
         shape = (num_kv_heads, num_slots, chunk_size, head_dim)
+        allocate = allocate or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
         self.chunk_size = chunk_size
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = allocate(shape, dtype)
+        self.values = allocate(shape, dtype)
+        # Of each head, the row its slots begin at among all heads' slots.
+        self._first_rows = torch.arange(num_kv_heads, device=device).view(1, -1, 1) * num_slots
 
     @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Of all indices and results."""
+        return self._first_rows.device
 
     def write(self, token_places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store tokens.
@@ -45,20 +60,25 @@ class MemoryBank:
         self.keys.flatten(1, 2).index_copy_(1, token_places, keys.transpose(0, 1))
         self.values.flatten(1, 2).index_copy_(1, token_places, values.transpose(0, 1))
 
-    def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy chunks out.
+    def write_chunks(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store whole chunks.
+
+        Args:
+            slots: [num_chunks] int64.
+            keys, values: [num_chunks, num_kv_heads, chunk_size, head_dim].
+        """
+        self.keys.index_copy_(1, slots, keys.transpose(0, 1))
+        self.values.index_copy_(1, slots, values.transpose(0, 1))
+
+    def gather(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy chunks out, in one operation each and without temporary copies.
 
         Args:
             slots: [num_spans, num_chunks] int64.
-
-        Returns:
-            Keys and values, [num_spans, num_kv_heads, num_chunks * chunk_size, head_dim].
+            keys, values: contiguous, [num_spans, num_kv_heads, num_chunks * chunk_size, head_dim];
+                overwritten.
         """
-        return self._gather(self.keys, slots), self._gather(self.values, slots)
-
-    @staticmethod
-    def _gather(bank: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        num_heads, _, chunk_size, head_dim = bank.shape
-        num_spans, num_chunks = slots.shape
-        rows = bank.index_select(1, slots.flatten())
-        return rows.view(num_heads, num_spans, num_chunks * chunk_size, head_dim).transpose(0, 1)
+        rows = (slots.unsqueeze(1) + self._first_rows).flatten()
+        for bank, out in ((self.keys, keys), (self.values, values)):
+            chunks = bank.flatten(0, 1).flatten(1)
+            torch.index_select(chunks, 0, rows, out=out.view(-1, chunks.shape[1]))

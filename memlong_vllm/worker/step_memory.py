@@ -1,14 +1,18 @@
-"""What a rank's model knows of the memory during a step: the bank and the step's metadata."""
+"""What a rank's model knows of the memory during a step: where chunks are and what is read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from memlong_vllm.plan import StepPlan
 from memlong_vllm.worker.bank import MemoryBank
-from memlong_vllm.worker.step_metadata import StepMetadata, build_step_metadata
+from memlong_vllm.worker.staging import Staging
+from memlong_vllm.worker.step_metadata import ReadLimits, RowSource, SlotSource, StepMetadata, build_step_metadata
+from memlong_vllm.worker.transfer import ChunkTransfer, RankHeads
+from memlong_vllm.worker.working_set import WorkingSet, decode_reads
 
 
 class StepMemory:
@@ -17,23 +21,79 @@ class StepMemory:
     The runner stages the plan before it prepares a step, calls :meth:`begin_step` when the
     batch is laid out, and :meth:`end_step` when the step is over. Dummy and profiling runs do
     neither: then ``metadata`` is None and attention is local only.
+
+    Args:
+        num_rows: sequences that the working set has room for.
+        top_k: chunks of the largest retrieved set.
+        staging_tokens: tokens gathered at once; at least those of the largest set.
+        heads: this rank's place among the ranks, which decides its part of a shard.
+        limit_row_reads: whether reads from the working set are held to ``staging_tokens`` at once
+            as well, as must be where something as large as them is made of them.
     """
 
-    def __init__(self, bank: MemoryBank) -> None:
+    def __init__(
+        self,
+        bank: MemoryBank,
+        num_rows: int,
+        top_k: int,
+        staging_tokens: int,
+        heads: RankHeads,
+        limit_row_reads: bool = False,
+    ) -> None:
         self.bank = bank
+        self.staging = Staging(bank, staging_tokens)
+        self.working_set = WorkingSet(bank, num_rows, top_k)
         self.metadata: StepMetadata | None = None
+        self._limits = ReadLimits(self.staging.num_chunks, self.staging.num_chunks if limit_row_reads else None)
+        self._transfer = ChunkTransfer(bank, self.staging, heads)
         self._plan: StepPlan | None = None
 
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's keys and values. See :func:`memlong_vllm.config.memory_bytes`."""
+        return {
+            "bank": self.bank.num_bytes,
+            "working_set": self.working_set.num_bytes,
+            "staging": self.staging.num_bytes,
+        }
+
     def stage(self, plan: StepPlan) -> None:
+        """Take the plan of the next step and load what it loads, also if it computes no token."""
         self._plan = plan
+        self._transfer.load(plan.loads)
 
     def begin_step(self, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
         """See :func:`build_step_metadata`; does nothing without a staged plan."""
-        if self._plan is not None:
-            self.metadata = build_step_metadata(
-                self._plan, req_ids, query_start_loc, self.bank.chunk_size, self.bank.keys.device
-            )
+        if self._plan is None:
+            return
+        rows = self.working_set.prepare_rows(decode_reads(self._plan))
+        self.metadata = build_step_metadata(
+            self._plan, req_ids, query_start_loc, rows, self.bank.chunk_size, self._limits, self.bank.device
+        )
+
+    def read(self, source: SlotSource | RowSource) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a group of this step, to be used before the next call.
+
+        Returns:
+            [num_spans, num_kv_heads, num_chunks * chunk_size, head_dim], not to be written to.
+        """
+        self.working_set.wait()
+        if isinstance(source, RowSource):
+            return self.working_set.read(source.rows, source.num_chunks)
+        return self.staging.gather(source.slots)
 
     def end_step(self) -> None:
+        """Save what the staged plan saves, if a plan is staged; the step is over."""
+        plan = self._plan
+        self.abandon_step()
+        if plan is not None:
+            self._transfer.save(plan.saves)
+
+    def abandon_step(self) -> None:
+        """The step is over, and what it has left in the bank is not worth saving."""
+        self.working_set.wait()
         self._plan = None
         self.metadata = None
+
+    def flush(self) -> None:
+        """Wait until all saves so far are on disk or have failed."""
+        self._transfer.flush()

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from memlong_vllm.plan import ReadSpan, StepPlan
+from memlong_vllm.plan import ReadSpan, SequencePlan, StepPlan
+from memlong_vllm.worker.index_tensors import index_tensor
+from memlong_vllm.worker.working_set import runs
+
+
+@dataclass(frozen=True)
+class SlotSource:
+    """Chunks that each layer gathers anew. ``slots``: [num_spans, num_chunks] int64."""
+
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Chunks that lie in the working set. ``rows``: of each span, adjacent."""
+
+    rows: range
+    num_chunks: int
 
 
 @dataclass(frozen=True)
 class ReadGroup:
-    """Spans of equal shape, attended together. All tensors int64.
+    """Spans of equal shape, attended together.
 
     Attributes:
-        token_idx: [num_spans, span_len] rows of the batch.
-        positions: [num_spans, span_len] local positions of these tokens; memory sits at 0.
-        slots: [num_spans, num_chunks] bank slots.
+        token_idx: [num_spans, span_len] int64, rows of the batch.
+        positions: [num_spans, span_len] int64, local positions of these tokens; memory sits at 0.
+        source: where the spans' chunks are.
     """
 
     token_idx: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
+    source: SlotSource | RowSource
 
 
 @dataclass(frozen=True)
@@ -40,40 +57,95 @@ class StepMetadata:
     groups: tuple[ReadGroup, ...]
 
 
+@dataclass(frozen=True)
+class ReadLimits:
+    """How much is read at once.
+
+    Attributes:
+        gathered_chunks: chunks in all of a group that is gathered.
+        row_chunks: the same of a group in the working set; None: no limit.
+    """
+
+    gathered_chunks: int
+    row_chunks: int | None
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A span, and the batch row at which position 0 of its sequence would be."""
+
+    row_offset: int
+    span: ReadSpan
+
+
 def build_step_metadata(
-    plan: StepPlan, req_ids: Sequence[str], query_start_loc: np.ndarray, chunk_size: int, device: torch.device
+    plan: StepPlan,
+    req_ids: Sequence[str],
+    query_start_loc: np.ndarray,
+    rows: Mapping[str, int],
+    chunk_size: int,
+    limits: ReadLimits,
+    device: torch.device,
 ) -> StepMetadata:
     """Translate positions of sequences to rows of the batch.
 
     Args:
         req_ids: request of each sequence in the batch; its order may change every step.
         query_start_loc: [num_reqs + 1] first row of each sequence.
+        rows: rows of the working set that hold the only span of these requests.
 
     Raises:
         RuntimeError: if plan and batch disagree about what is computed.
     """
-    rows = {req_id: (int(query_start_loc[i]), int(query_start_loc[i + 1])) for i, req_id in enumerate(req_ids)}
+    places = {req_id: (int(query_start_loc[i]), int(query_start_loc[i + 1])) for i, req_id in enumerate(req_ids)}
     planned = {sequence.request_id: sequence.end - sequence.start for sequence in plan.sequences}
-    if {req_id: end - start for req_id, (start, end) in rows.items()} != planned:
-        raise RuntimeError(f"the step plan {planned} does not fit the batch {rows}")
+    if {req_id: end - start for req_id, (start, end) in places.items()} != planned:
+        raise RuntimeError(f"the step plan {planned} does not fit the batch {places}")
     token_places = np.empty(sum(planned.values()), dtype=np.int64)
-    spans: dict[tuple[int, int], list[tuple[int, ReadSpan]]] = defaultdict(list)
+    gathered: dict[tuple[int, int], list[_Member]] = defaultdict(list)
+    held: dict[int, dict[int, _Member]] = defaultdict(dict)
     for sequence in plan.sequences:
-        first, last = rows[sequence.request_id]
-        positions = np.arange(sequence.start, sequence.end)
-        slots = np.asarray(sequence.write_slots)[positions // chunk_size - sequence.start // chunk_size]
-        token_places[first:last] = slots * chunk_size + positions % chunk_size
+        first, last = places[sequence.request_id]
+        token_places[first:last] = _token_places(sequence, chunk_size)
         for span in sequence.reads:
-            spans[span.end - span.start, len(span.slots)].append((first - sequence.start, span))
-    groups = tuple(_read_group(members, device) for members in spans.values())
-    return StepMetadata(torch.from_numpy(token_places).to(device), groups)
+            member = _Member(first - sequence.start, span)
+            if sequence.request_id in rows:
+                held[len(span.slots)][rows[sequence.request_id]] = member
+            else:
+                gathered[span.end - span.start, len(span.slots)].append(member)
+    groups = [*_gathered_groups(gathered, limits, device), *_held_groups(held, limits, device)]
+    return StepMetadata(index_tensor(token_places, device), tuple(groups))
 
 
-def _read_group(members: list[tuple[int, ReadSpan]], device: torch.device) -> ReadGroup:
-    """Members: (batch row of the sequence's position 0, span), spans of equal shape."""
-    positions = np.asarray([np.arange(span.start, span.end) for _, span in members])
-    row_offsets = np.asarray([[offset] for offset, _ in members])
-    origins = np.asarray([[span.origin] for _, span in members])
-    slots = np.asarray([span.slots for _, span in members])
-    tensors = (positions + row_offsets, positions - origins, slots)
-    return ReadGroup(*(torch.from_numpy(array).to(device) for array in tensors))
+def _token_places(sequence: SequencePlan, chunk_size: int) -> np.ndarray:
+    positions = np.arange(sequence.start, sequence.end)
+    slots = np.asarray(sequence.write_slots)[positions // chunk_size - sequence.start // chunk_size]
+    return slots * chunk_size + positions % chunk_size
+
+
+def _gathered_groups(
+    spans: Mapping[tuple[int, int], list[_Member]], limits: ReadLimits, device: torch.device
+) -> Iterator[ReadGroup]:
+    for (_, num_chunks), members in spans.items():
+        size = limits.gathered_chunks // num_chunks
+        for first in range(0, len(members), size):
+            part = members[first : first + size]
+            slots = index_tensor(np.asarray([member.span.slots for member in part]), device)
+            yield _read_group(part, SlotSource(slots), device)
+
+
+def _held_groups(
+    spans: Mapping[int, Mapping[int, _Member]], limits: ReadLimits, device: torch.device
+) -> Iterator[ReadGroup]:
+    for num_chunks, members in spans.items():
+        longest = None if limits.row_chunks is None else limits.row_chunks // num_chunks
+        for run in runs(sorted(members), longest):
+            yield _read_group([members[row] for row in run], RowSource(run, num_chunks), device)
+
+
+def _read_group(members: list[_Member], source: SlotSource | RowSource, device: torch.device) -> ReadGroup:
+    positions = np.asarray([np.arange(member.span.start, member.span.end) for member in members])
+    row_offsets = np.asarray([[member.row_offset] for member in members])
+    origins = np.asarray([[member.span.origin] for member in members])
+    token_idx, local = (index_tensor(array, device) for array in (positions + row_offsets, positions - origins))
+    return ReadGroup(token_idx, local, source)
