@@ -12,6 +12,7 @@ import pytest
 from memlong_vllm.memories import store
 from memlong_vllm.memories.errors import (
     MemoryDamagedError,
+    MemoryExistsError,
     MemoryFormatError,
     MemoryLibraryBusyError,
     MemoryLibraryError,
@@ -172,6 +173,55 @@ def test_a_full_disk_fails_the_write_and_leaves_the_memory(
         assert files_under(library._root) == files_expected(library, library._root)
     append(library, "a", 3)
     assert read(library, "a") == (1, 3)
+
+
+def test_what_counts_after_a_failed_sync_is_what_a_restart_would_find(
+    library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(library, "a", 1)
+    original = store.write_durably
+
+    def fail_late(path: Path, data: bytes) -> None:
+        original(path, data)
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_durably", fail_late)
+        append(library, "a", 2)
+    with reopen(library) as again:
+        assert read(again, "a") == (1, 2)
+
+
+def test_nothing_is_written_to_a_name_while_it_is_imported(
+    library: MemoryLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(library, "a", 1)
+    library.export_archive("default", "a", tmp_path / "a.tar")
+    original, refused = store.write_durably, []
+
+    def write_meanwhile(path: Path, data: bytes) -> None:
+        assert [info.name for info in library.names("default")] == ["a"]
+        for call in (lambda: library.begin_write("default", "b", 1), lambda: import_again()):
+            with pytest.raises(MemoryExistsError):
+                call()
+            refused.append(path)
+        original(path, data)
+
+    def import_again() -> object:
+        return library.import_archive("default", "b", tmp_path / "a.tar")
+
+    monkeypatch.setattr(store, "write_durably", write_meanwhile)
+    library.import_archive("default", "b", tmp_path / "a.tar")
+    assert len(refused) == 2
+    assert read(library, "b") == (1,)
+
+
+def test_a_memorys_folder_is_not_moved_by_hand(library: MemoryLibrary) -> None:
+    append(library, "a", 1)
+    library.close()
+    (library._root / "default" / "a").rename(library._root / "default" / "b")
+    with MemoryLibrary(library._root, FORMAT, PLENTY) as again, pytest.raises(MemoryDamagedError, match="'name'"):
+        again.open("default", "b")
 
 
 def test_a_write_that_outlives_the_library_fails(library: MemoryLibrary) -> None:
