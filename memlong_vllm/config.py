@@ -44,6 +44,11 @@ class DeploymentConfig:
             batches are no faster a text, and 32 elsewhere.
         retriever_cache_size: embeddings kept by text, across requests.
         trace_file: JSON lines, one a retrieval and one a forgetting, or None.
+        memory_dir: folder of named memories, which outlive the engine there; None: they end with it.
+        memory_quota_gib, memory_quota_names: what a tenant's named memories may take and how many
+            they may be; None: no limit.
+        tenant_header: HTTP header that names the tenant of a call.
+        tenant_keys: JSON file {API key: tenant}; calls without one of these keys are refused.
         max_memory_size, max_top_k: the most a request may ask for; by default what the checkpoint
             says, so that requests can ask for less only.
     """
@@ -56,27 +61,36 @@ class DeploymentConfig:
     retriever_batch_size: int | None = None
     retriever_cache_size: int = 65536
     trace_file: str | None = None
+    memory_dir: str | None = None
+    memory_quota_gib: float | None = None
+    memory_quota_names: int | None = None
+    tenant_header: str | None = None
+    tenant_keys: str | None = None
     max_memory_size: int | None = None
     max_top_k: int | None = None
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.bank_gib, int | float) and not isinstance(self.bank_gib, bool)
-        if not is_number or not math.isfinite(self.bank_gib) or self.bank_gib <= 0:
-            raise MemoryConfigError("bank_gib", self.bank_gib, "must be a positive number of GiB")
+        for name in ("bank_gib", "memory_quota_gib"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if (value is not None or name == "bank_gib") and not (is_number and math.isfinite(value) and value > 0):
+                raise MemoryConfigError(name, value, "must be a positive number of GiB")
         if self.bank_device not in BANK_DEVICES:
             raise MemoryConfigError("bank_device", self.bank_device, f"must be one of {BANK_DEVICES}")
         counts = ("retriever_batch_size", "retriever_cache_size", "staging_tokens", "max_memory_size", "max_top_k")
-        for name in counts:
+        for name in (*counts, "memory_quota_names"):
             value = getattr(self, name)
             by_default = name != "retriever_cache_size" and value is None
             if not by_default and (type(value) is not int or value < 1):
                 raise MemoryConfigError(name, value, "must be a positive integer")
         if not isinstance(self.retriever_device, str):
             raise MemoryConfigError("retriever_device", self.retriever_device, "must be a torch device")
-        for name in ("trace_file", "retriever_path"):
+        for name in ("trace_file", "retriever_path", "memory_dir", "tenant_keys", "tenant_header"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise MemoryConfigError(name, value, "must be a path or null")
+                raise MemoryConfigError(
+                    name, value, f"must be a {'name' if name == 'tenant_header' else 'path'} or null"
+                )
 
 
 def resolve(hf_config: MemLongConfig, additional_config: dict[str, Any]) -> tuple[MemoryConfig, DeploymentConfig]:

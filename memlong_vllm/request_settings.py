@@ -95,12 +95,11 @@ class RequestSettings:
         """What keeps this request's blocks apart from those computed with another memory.
 
         Args:
-            versions: of the memories read.
+            versions: of the memories read, which say what is in them.
 
         Returns:
             ``cache_salt`` itself for a request that asks for nothing.
         """
         if self.memory_size is None and self.top_k is None and not self.memory_read:
             return cache_salt
-        read = list(zip(self.memory_read, versions, strict=True)) if versions else self.memory_read
-        return json.dumps([cache_salt, self.memory_size, self.top_k, read])
+        return json.dumps([cache_salt, self.memory_size, self.top_k, versions])

@@ -133,9 +133,20 @@ class RetrieverService:
     def cancel(self, request_id: str) -> None:
         """Forget a sequence, its queued spans and its results."""
         with self._changed:
-            if self._results.pop(request_id, None) is not None:
-                self._jobs = [job for job in self._jobs if job.request_id != request_id]
-                heapq.heapify(self._jobs)
+            self._drop(request_id)
+
+    def _drop(self, request_id: str) -> bool:
+        """Forget a sequence, with the lock held. Returns whether there was one."""
+        if self._results.pop(request_id, None) is None:
+            return False
+        self._jobs = [job for job in self._jobs if job.request_id != request_id]
+        heapq.heapify(self._jobs)
+        return True
+
+    def is_serving(self, request_id: str) -> bool:
+        """Whether what a sequence has submitted is, or will be, embedded."""
+        with self._changed:
+            return self._broken is None and not self._stopping and request_id in self._results
 
     def wait(self, timeout: float) -> None:
         """Block until something finishes, ``timeout`` seconds at most."""
@@ -187,7 +198,9 @@ class RetrieverService:
                 batch = [heapq.heappop(self._jobs) for _ in range(min(self._batch_size, len(self._jobs)))]
             vectors, failures = self._embed_jobs(batch)
             with self._changed:
-                self._failures.update({owner: why for owner, why in failures.items() if owner in self._results})
+                for owner, why in failures.items():
+                    if self._drop(owner):
+                        self._failures[owner] = why
                 for job, vector in vectors:
                     if job.request_id in self._results:
                         self._results[job.request_id][job.span] = vector

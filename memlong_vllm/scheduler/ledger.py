@@ -139,9 +139,9 @@ class Ledger:
         """After how many of the segments ``keys`` the memory's state can be taken over, ascending."""
         return self.tree.usable_lengths(self.tree.path(keys), config.capacity, every_chunk)
 
-    def prefix(self, config: MemoryConfig, keys: Sequence[bytes]) -> SharedPrefix:
+    def prefix(self, config: MemoryConfig, keys: Sequence[bytes], every_chunk: bool = False) -> SharedPrefix:
         """The state after the segments ``keys``, one of :meth:`find_prefix`."""
-        return self.tree.prefix(self.tree.path(keys), config.capacity)
+        return self.tree.prefix(self.tree.path(keys), config.capacity, every_chunk)
 
     def open(
         self,
@@ -168,7 +168,9 @@ class Ledger:
             handle.position = handle.num_shared * config.retrieval_stride
             handle.counters.counts = dict(prefix.counts)
             handle.chunks = dict(prefix.chunks)
-            for chunk in handle.chunks.values():
+            # Forgotten chunks that are wanted (to be saved) are held for the step to come.
+            handle.returning = list(prefix.forgotten.values())
+            for chunk in [*handle.chunks.values(), *handle.returning]:
                 self.pool.hold(chunk)
         self._handles[request_id] = handle
 

@@ -75,7 +75,7 @@ class PrefixCache:
                 request.block_hashes, lengths[-1] * stride
             )
             if num_tokens == lengths[-1] * stride:
-                prefix = self._ledger.prefix(config, keys[: lengths[-1]])
+                prefix = self._ledger.prefix(config, keys[: lengths[-1]], every_chunk)
                 return PrefixHit(num_tokens, self._manager.create_kv_cache_blocks(blocks), prefix)
             lengths = [length for length in lengths if length * stride <= num_tokens]
         return nothing

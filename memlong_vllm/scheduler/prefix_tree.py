@@ -61,18 +61,24 @@ class SharedPrefix:
         segments: these segments.
         counts: {chunk id: times retrieved} of the chunks held after them.
         chunks: {chunk id: contents} of the same.
+        forgotten: the others, if they are wanted as well.
         events: everything that happened in them, in order.
     """
 
     segments: tuple[Segment, ...]
     counts: dict[int, int]
     chunks: dict[int, Chunk]
+    forgotten: dict[int, Chunk]
     events: tuple[Event, ...]
 
     @property
     def num_unheld(self) -> int:
         """Slots that nobody else holds: taking over the prefix makes them unavailable."""
-        return sum(chunk.refs == 0 for chunk in self.chunks.values())
+        return sum(chunk.refs == 0 for chunk in [*self.chunks.values(), *self.forgotten.values()])
+
+    def slots(self) -> dict[int, int]:
+        """{chunk id: slot} of all chunks here, ascending."""
+        return {chunk_id: chunk.slot for chunk_id, chunk in sorted((self.chunks | self.forgotten).items())}
 
 
 class PrefixTree:
@@ -119,14 +125,15 @@ class PrefixTree:
                 lengths.append(length)
         return lengths
 
-    def prefix(self, segments: Sequence[Segment], capacity: int) -> SharedPrefix:
+    def prefix(self, segments: Sequence[Segment], capacity: int, every_chunk: bool = False) -> SharedPrefix:
         """The state after ``segments``, a usable length of a path."""
         counters, events = ChunkCounters(capacity), list[Event]()
         for counters, _, _ in self._replay(segments, capacity, events):  # noqa: B007 (the last one is wanted)
             pass
         contents = [chunk for segment in segments for chunk in segment.chunks]
         chunks = {chunk_id: contents[chunk_id] for chunk_id in counters.counts}
-        return SharedPrefix(tuple(segments), dict(counters.counts), chunks, tuple(events))
+        others = {i: chunk for i, chunk in enumerate(contents) if i not in chunks} if every_chunk else {}
+        return SharedPrefix(tuple(segments), dict(counters.counts), chunks, others, tuple(events))
 
     def _replay(
         self, segments: Sequence[Segment], capacity: int, events: list[Event] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.request_settings import RequestSettings
+from memlong_vllm.scheduler.named_memories import NamedUse
 from memlong_vllm.scheduler.prefix_cache import num_shareable_segments
 from memlong_vllm.scheduler.prefix_tree import segment_keys
 from memlong_vllm.scheduler.sequence_retriever import SequenceRetriever
@@ -19,17 +20,29 @@ class RequestMemory:
 
     Attributes:
         config: the server's memory settings with the request's own.
+        named: what it has to do with named memories, if anything.
         keys: addresses of the segments it may share with others.
+        is_addressed: whether these are known. They depend on the memories it reads.
         held_since: when it began to wait for embeddings, or None.
     """
 
     settings: RequestSettings
     config: MemoryConfig
     retriever: SequenceRetriever
+    named: NamedUse | None = None
     keys: Sequence[bytes] = field(default=())
+    is_addressed: bool = False
     held_since: float | None = None
 
-    def address(self, request: Any, versions: tuple[str, ...] = ()) -> None:
+    @property
+    def reads_named(self) -> bool:
+        return bool(self.settings.memory_read)
+
+    @property
+    def writes_named(self) -> bool:
+        return self.settings.memory_write is not None
+
+    def address(self, request: Any) -> None:
         """Give the request's blocks and segments their addresses.
 
         What a request asked for changes what is computed above the memory layer, so it enters
@@ -37,9 +50,10 @@ class RequestMemory:
 
         Args:
             request: vLLM's ``Request``.
-            versions: of the named memories it reads.
         """
+        versions = self.named.versions if self.named is not None else ()
         salt = self.settings.salt(request.cache_salt, versions)
+        self.is_addressed = True
         if salt != request.cache_salt:
             request.cache_salt = salt
             request.block_hashes.clear()

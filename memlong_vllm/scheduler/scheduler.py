@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -17,13 +19,19 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from memlong_vllm.config import bank_slots, request_limits, resolve
+from memlong_vllm.config import bank_slots, memory_bytes, request_limits, resolve
+from memlong_vllm.memories.errors import MemoryLibraryError
+from memlong_vllm.memories.index import IndexFactoryError
+from memlong_vllm.memories.memory_format import PROBE_TEXT
+from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.plan import StepPlan
 from memlong_vllm.request_settings import RequestSettings, RequestSettingsError
 from memlong_vllm.retriever.embedder import load_embedder
 from memlong_vllm.retriever.service import RetrieverService
 from memlong_vllm.scheduler.counters import SchedulerCounters
 from memlong_vllm.scheduler.ledger import Ledger
+from memlong_vllm.scheduler.memory_library import open_library
+from memlong_vllm.scheduler.named_memories import NamedMemories
 from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 from memlong_vllm.scheduler.prefix_cache import PrefixCache, PrefixHit
 from memlong_vllm.scheduler.request_memory import RequestMemory
@@ -66,13 +74,22 @@ class MemLongScheduler(Scheduler):
         retriever = self._memory.retriever
         # A copy of its own: a tokenizer must not be used by two threads at once.
         tokenizer = copy.deepcopy(cached_tokenizer_from_config(model_config))
+        embedder = load_embedder(retriever, model_config.model, deployment.retriever_device)
         self._service = RetrieverService(
-            load_embedder(retriever, model_config.model, deployment.retriever_device),
+            embedder,
             lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
             retriever.query_instruction,
             deployment.retriever_batch_size or (1 if deployment.retriever_device == "cpu" else 32),
             deployment.retriever_cache_size,
         )
+        # Here, while the service's thread has nothing to do: embedders need not be thread-safe.
+        probe = embedder.embed([(retriever.query_instruction or "") + PROBE_TEXT])[0]
+        library = partial(open_library, vllm_config, probe)
+        self._named = NamedMemories(
+            library, self.ledger.pool, self._memory.chunk_size, vllm_config.parallel_config.tensor_parallel_size
+        )
+        if deployment.memory_dir is not None:
+            self._named.library  # noqa: B018 (a folder that cannot be used is told of at the start)
 
     # Requests come and go.
 
@@ -83,7 +100,7 @@ class MemLongScheduler(Scheduler):
             return
         try:
             memory = self._make_memory(request)
-        except RequestSettingsError as error:
+        except (RequestSettingsError, MemoryLibraryError) as error:
             self._failures[request.request_id] = str(error)
             return
         self._memories[request.request_id] = memory
@@ -95,12 +112,26 @@ class MemLongScheduler(Scheduler):
         arguments = request.sampling_params and request.sampling_params.extra_args
         settings = RequestSettings.from_extra_args(arguments, self._limits)
         config, max_tokens = settings.apply(self._memory), self._max_tokens(request)
-        namespace = request.cache_salt or ""
+        reads = bool(settings.memory_read)
+        most = self.ledger.slots_at_most(max_tokens, config, reads)
+        if most > self.ledger.pool.num_slots:
+            has = self.ledger.pool.num_slots
+            raise RequestSettingsError(f"the request may need {most} slots, but the bank has {has}: raise bank_gib")
         retriever = SequenceRetriever(
-            request.request_id, request.num_prompt_tokens, max_tokens, config, self._service, namespace
+            request.request_id,
+            request.num_prompt_tokens,
+            max_tokens,
+            config,
+            self._service,
+            namespace=request.cache_salt or "",
+            reads_named=reads,
+            every_chunk=settings.memory_write is not None,
         )
-        memory = RequestMemory(settings, config, retriever)
-        memory.address(request)
+        tenant = tenant_folder(request.cache_salt)
+        named = self._named.begin(settings, tenant, max_tokens // config.chunk_size)
+        memory = RequestMemory(settings, config, retriever, named)
+        if not reads:
+            memory.address(request)
         return memory
 
     def _max_tokens(self, request: Request) -> int:
@@ -116,8 +147,25 @@ class MemLongScheduler(Scheduler):
         memory = self._memories.pop(request.request_id, None)
         if memory is not None:
             self.counters.end_hold(memory)
-        self._service.cancel(request.request_id)
+        if memory is None or not self._end_named(request, memory):
+            self._service.cancel(request.request_id)
         return super()._free_request(request, *args, **kwargs)
+
+    def _end_named(self, request: Request, memory: RequestMemory) -> bool:
+        """End what a request had to do with named memories. Returns whether embeddings of it are
+        still wanted."""
+        if memory.named is None:
+            return False
+        has_ended_well = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        num_chunks, retriever = memory.named.num_saved, memory.retriever
+
+        def embeddings() -> np.ndarray:
+            try:
+                return retriever.wait_for_embeddings(num_chunks)
+            finally:
+                self._service.cancel(request.request_id)
+
+        return self._named.end(memory.named, request.all_token_ids if has_ended_well else None, embeddings)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         is_reset = super().reset_prefix_cache(*args, **kwargs)
@@ -146,7 +194,7 @@ class MemLongScheduler(Scheduler):
     def _is_ready(self, request: Request, start: int) -> bool:
         """Whether whatever this step can schedule of a request has its retrievals ready."""
         memory = self._memories.get(request.request_id)
-        if memory is None:
+        if memory is None or request.request_id in self._failures:
             return False
         is_ready = memory.retriever.is_ready(start, start + self._most_tokens(request, start))
         self.counters.note_hold(memory, is_held=not is_ready)
@@ -192,21 +240,38 @@ class MemLongScheduler(Scheduler):
             return False
         memory = self._memories.get(request.request_id)
         # No overtaking: the first request that waits for slots is the next to get some.
-        if memory is None or self._is_admission_closed:
+        if memory is None or self._is_admission_closed or not self._open_named(request, memory):
             return False
-        hit = self._prefix_cache.find(request, memory.config, memory.keys, every_chunk=False)
+        hit = self._prefix_cache.find(request, memory.config, memory.keys, every_chunk=memory.writes_named)
         if not self._is_ready(request, hit.num_tokens):
             return False
         if not self._fits(request, memory, hit):
             self._is_admission_closed = True
             return False
-        self.ledger.open(request.request_id, request.num_prompt_tokens, memory.config, memory.keys, hit.prefix)
+        borrow = partial(self._named.borrow, memory.named) if memory.reads_named and memory.named else None
+        self.ledger.open(request.request_id, request.num_prompt_tokens, memory.config, memory.keys, hit.prefix, borrow)
         self._hits[request.request_id] = hit
+        return True
+
+    def _open_named(self, request: Request, memory: RequestMemory) -> bool:
+        """Whether the named memories a request reads are open; it then knows its addresses."""
+        if memory.is_addressed:
+            return True
+        assert memory.named is not None
+        try:
+            if not self._named.is_ready(memory.named):
+                self.counters.note_hold(memory, is_held=True)
+                return False
+            memory.retriever.named = [index.result() for index in memory.named.indexes]
+        except (MemoryLibraryError, IndexFactoryError) as error:
+            self._failures[request.request_id] = str(error)
+            return False
+        memory.address(request)
         return True
 
     def _fits(self, request: Request, memory: RequestMemory, hit: PrefixHit) -> bool:
         """Whether the bank has room for the request's text and for what the running ones need."""
-        needed = self.ledger.slots_at_most(request.num_tokens + 1, memory.config)
+        needed = self.ledger.slots_at_most(request.num_tokens + 1, memory.config, memory.reads_named)
         if hit.prefix is not None:
             needed += hit.prefix.num_unheld - len(hit.prefix.chunks)
         for other in self.running:
@@ -225,10 +290,19 @@ class MemLongScheduler(Scheduler):
                 self.ledger.close(request_id)
                 continue
             self.counters.prefix_hit_tokens += hit.num_tokens
-            if self._trace is not None and hit.prefix is not None:
+            if hit.prefix is None:
+                continue
+            self._save(request_id, hit.prefix.slots())
+            if self._trace is not None:
                 for event in hit.prefix.events:
                     self._trace.write(request_id, event, shared=True)
         self._hits.clear()
+
+    def _save(self, request_id: str, completed: dict[int, int]) -> None:
+        """Save completed chunks ({chunk id: slot}) if the request writes to a named memory."""
+        memory = self._memories[request_id]
+        if memory.writes_named and memory.named is not None:
+            self._named.save(memory.named, completed)
 
     def _with_plan(self, output: SchedulerOutput) -> MemLongSchedulerOutput:
         plans = []
@@ -238,11 +312,12 @@ class MemLongScheduler(Scheduler):
             search = self.counters.timed(self._memories[request_id].retriever.search)
             advance = self.ledger.advance(request_id, end - num_tokens, end, search)
             plans.append(advance.plan)
+            self._save(request_id, advance.completed)
             if self._trace is not None:
                 for event in advance.events:
                     self._trace.write(request_id, event)
         values = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
-        return MemLongSchedulerOutput(**values, step_plan=StepPlan(tuple(plans)))
+        return MemLongSchedulerOutput(**values, step_plan=StepPlan(tuple(plans), *self._named.take_transfers()))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -262,7 +337,6 @@ class MemLongScheduler(Scheduler):
         for request_id, reason in self._service.take_failures().items():
             if request_id in self.requests:
                 self._failures[request_id] = f"the retriever failed: {reason}"
-                self._memories.pop(request_id, None)
 
     def _finish_failed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """End failed requests with an error; nothing else is touched."""
@@ -298,11 +372,21 @@ class MemLongScheduler(Scheduler):
             "kv_blocks_total": pool.num_gpu_blocks - 1,
             "pending_embeddings": self._service.num_pending(),
             "slot_evictions": slots.num_evictions,
+            **self._bytes(),
             **self.counters.as_dict(),
             **self._service.counters_as_dict(),
+            **self._named.stats(),
         }
 
+    def _bytes(self) -> dict[str, float]:
+        """Bytes by kind: of each rank's keys and values, and of the embeddings in this process."""
+        window_kv = sum(tensor.size for tensor in self.kv_cache_config.kv_cache_tensors)
+        of_rank = {"window_kv": window_kv, **memory_bytes(self.vllm_config)}
+        indexes = sum(memory.retriever.num_index_bytes for memory in self._memories.values())
+        return {f"bytes_{name}": size for name, size in (of_rank | {"index": indexes}).items()}
+
     def shutdown(self) -> None:
+        self._named.shutdown()
         self._service.shutdown()
         if self._trace is not None:
             self._trace.close()

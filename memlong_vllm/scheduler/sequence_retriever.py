@@ -5,6 +5,7 @@ It outlives preemption: embeddings depend on text alone, so a replay finds them 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,10 +111,29 @@ class SequenceRetriever:
             found = sorted(found, key=lambda pair: -pair[1])[:top_k]
         return found
 
-    def embeddings(self, num_chunks: int) -> np.ndarray | None:
-        """[num_chunks, dimension] float32 of the first chunks, or None while some are missing."""
+    @property
+    def num_index_bytes(self) -> int:
+        """Bytes of the embeddings that are searched, those of named memories included."""
+        named = sum(len(index) * index.dimension for index in self.named)
+        return 4 * (len(self._index) * self._service.dimension + named)
+
+    def wait_for_embeddings(self, num_chunks: int, timeout: float = 600.0) -> np.ndarray:
+        """Embeddings of the first chunks of a sequence that has ended. Blocks; on any thread.
+
+        Returns:
+            [num_chunks, dimension] float32.
+
+        Raises:
+            RuntimeError: if they do not come within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
         self._collect()
-        return self._index.vectors(num_chunks) if len(self._index) >= num_chunks else None
+        while len(self._index) < num_chunks:
+            if time.monotonic() > deadline or not self._service.is_serving(self._request_id):
+                raise RuntimeError("the retriever did not embed all chunks")
+            self._service.wait(0.1)
+            self._collect()
+        return self._index.vectors(num_chunks)
 
     def _has(self, retrieval: Retrieval) -> bool:
         return retrieval.query in self._vectors and len(self._index) >= retrieval.num_reachable

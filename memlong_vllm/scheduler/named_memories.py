@@ -1,0 +1,252 @@
+"""What requests read from named memories and write to them, as the scheduler sees it.
+
+The library of memories is on disk. A chunk that a retrieval chose is brought into a slot of the
+bank, where other requests find it until the slot is needed; a chunk that a request completes is
+copied from its slot to a new shard, and all of them become part of the memory when it has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memlong_vllm.memories.errors import MemoryWriteError
+from memlong_vllm.memories.index import CorpusIndex
+from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.pending import PendingWrite
+from memlong_vllm.memories.snapshot import OpenMemory
+from memlong_vllm.plan import ChunkLoad, ChunkSave
+from memlong_vllm.request_settings import RequestSettings
+from memlong_vllm.scheduler.events import NamedChunk
+from memlong_vllm.scheduler.slots import Chunk, SlotPool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class NamedUse:
+    """What one request has to do with named memories; outlives preemption.
+
+    Attributes:
+        tenant: folder of the tenant.
+        names: of the memories it reads; ``reads``: these, once they are open, in this order and as
+            they were then; ``indexes``: of their embeddings.
+        write: the write under way, if any; ``shards``: what was saved for it so far, with the
+            number of chunks in each; ``num_saved``: their sum.
+    """
+
+    tenant: str
+    names: tuple[str, ...]
+    write: PendingWrite | None
+    reads: list[OpenMemory] = field(default_factory=list)
+    indexes: list[Future[CorpusIndex]] = field(default_factory=list)
+    shards: list[tuple[str, int]] = field(default_factory=list)
+    num_saved: int = 0
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        return tuple(memory.version for memory in self.reads)
+
+
+class NamedMemories:
+    """Reads and writes of all requests.
+
+    Args:
+        open_library: makes the library; called once, when it is first needed.
+        pool: slots that chunks are brought into.
+        chunk_size: tokens.
+        num_ranks: tensor-parallel ranks, each of which writes its part of every shard.
+
+    Attributes:
+        num_loads: chunks brought into the bank so far; ``num_saves``: chunks saved.
+        num_failed_writes: writes that were lost after their request had ended well.
+    """
+
+    def __init__(
+        self, open_library: Callable[[], MemoryLibrary], pool: SlotPool, chunk_size: int, num_ranks: int
+    ) -> None:
+        self._open_library = open_library
+        self._library: MemoryLibrary | None = None
+        self._pool = pool
+        self._chunk_size = chunk_size
+        self._num_ranks = num_ranks
+        self._resident: dict[tuple[str, int], Chunk] = {}
+        self._indexes: dict[str, Future[CorpusIndex]] = {}
+        self._index_users: Counter[str] = Counter()
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="memlong-index")
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="memlong-commit")
+        self._commits: dict[tuple[str, str], Future[None]] = {}
+        self._loads: list[ChunkLoad] = []
+        self._saves: list[ChunkSave] = []
+        self.num_loads = 0
+        self.num_saves = 0
+        self.num_failed_writes = 0
+
+    @property
+    def library(self) -> MemoryLibrary:
+        if self._library is None:
+            self._library = self._open_library()
+        return self._library
+
+    def begin(self, settings: RequestSettings, tenant: str, max_chunks: int) -> NamedUse | None:
+        """Prepare what a request reads and writes; None if that is nothing.
+
+        Args:
+            max_chunks: the most it can write.
+
+        Raises:
+            MemoryLibraryError: if it may not write what it wants to, or there is nothing of a
+                name that it reads.
+        """
+        if not settings.memory_read and settings.memory_write is None:
+            return None
+        for name in settings.memory_read:
+            if not self._is_being_written(tenant, name):
+                self.library.info(tenant, name)
+        write = None
+        if settings.memory_write is not None:
+            if max_chunks < 1:
+                least = f"a chunk ({self._chunk_size} tokens)"
+                raise MemoryWriteError(f"memory_write: prompt and answer together have less than {least}")
+            write = self.library.begin_write(tenant, settings.memory_write, max_chunks)
+        return NamedUse(tenant, settings.memory_read, write)
+
+    def _is_being_written(self, tenant: str, name: str) -> bool:
+        """Whether a request that has ended is still to become part of a memory."""
+        commit = self._commits.get((tenant, name))
+        return (commit is not None and not commit.done()) or self.library.is_busy(tenant, name)
+
+    def is_ready(self, use: NamedUse) -> bool:
+        """Whether everything a request reads can be searched.
+
+        What was written by requests that ended before it came is part of it.
+
+        Raises:
+            MemoryLibraryError: if one of its memories cannot be read.
+        """
+        if len(use.reads) < len(use.names):
+            if any(self._is_being_written(use.tenant, name) for name in use.names):
+                return False
+            for name in use.names[len(use.reads) :]:
+                use.reads.append(self.library.open(use.tenant, name))
+        for memory in use.reads:
+            if memory.error is not None:
+                raise memory.error
+        if not all(memory.ready for memory in use.reads):
+            return False
+        if not use.indexes:
+            use.indexes = [self._index(memory) for memory in use.reads]
+        return all(index.done() for index in use.indexes)
+
+    def _index(self, memory: OpenMemory) -> Future[CorpusIndex]:
+        version = memory.version
+        self._index_users[version] += 1
+        if version not in self._indexes:
+            parameters = {name: int(value) for name, value in memory.index_parameters.items()}
+            self._indexes[version] = self._builder.submit(
+                CorpusIndex, memory.embeddings, memory.index_factory, parameters
+            )
+        return self._indexes[version]
+
+    def borrow(self, use: NamedUse, chunk: NamedChunk) -> Chunk:
+        """A chunk's slot, held once more for the caller; brought in with this step if need be."""
+        place = use.reads[chunk.memory].location(chunk.row)
+        resident = self._resident.get(place)
+        if resident is not None:
+            self._pool.hold(resident)
+            return resident
+        brought = self._resident[place] = self._pool.new()
+        brought.on_evict = lambda: self._forget(place)
+        self._loads.append(ChunkLoad(brought.slot, *place))
+        return brought
+
+    def _forget(self, place: tuple[str, int]) -> None:
+        del self._resident[place]
+
+    def save(self, use: NamedUse, completed: Mapping[int, int]) -> None:
+        """Save what a step completes and earlier ones, before a preemption, did not.
+
+        Args:
+            completed: {chunk id: slot}, ascending without gaps.
+        """
+        slots = tuple(slot for chunk_id, slot in completed.items() if chunk_id >= use.num_saved)
+        if use.write is None or use.write.is_done or not slots:  # Done: the memory was deleted meanwhile.
+            return
+        path = use.write.new_shard_path()
+        self._saves.append(ChunkSave(slots, path))
+        use.shards.append((path, len(slots)))
+        use.num_saved += len(slots)
+        self.num_saves += len(slots)
+
+    def take_transfers(self) -> tuple[tuple[ChunkLoad, ...], tuple[ChunkSave, ...]]:
+        """What the step being planned brings in and saves."""
+        transfers = tuple(self._loads), tuple(self._saves)
+        self.num_loads += len(self._loads)
+        self._loads, self._saves = [], []
+        return transfers
+
+    def end(self, use: NamedUse, token_ids: Sequence[int] | None, embeddings: Callable[[], np.ndarray]) -> bool:
+        """A request has ended.
+
+        Args:
+            token_ids: of the whole sequence, or None if it did not end well: nothing is written.
+            embeddings: [num_chunks, dimension] of its chunks. May block: called on a thread.
+
+        Returns:
+            Whether ``embeddings`` will be called.
+        """
+        for memory in use.reads:
+            self.library.release(memory)
+        for memory in use.reads[: len(use.indexes)]:
+            self._index_users[memory.version] -= 1
+            if not self._index_users[memory.version]:
+                del self._index_users[memory.version], self._indexes[memory.version]
+        write = use.write
+        if write is None:
+            return False
+        if token_ids is None or use.num_saved == 0 or write.is_done:
+            write.abandon()
+            return False
+        size = self._chunk_size
+        tokens = np.asarray(token_ids[: use.num_saved * size], dtype=np.int32).reshape(-1, size)
+        commit = self._committer.submit(self._commit, write, tokens, embeddings, use.shards)
+        self._commits[write.tenant, write.name] = commit
+        return True
+
+    def _commit(
+        self,
+        write: PendingWrite,
+        token_ids: np.ndarray,
+        embeddings: Callable[[], np.ndarray],
+        shards: list[tuple[str, int]],
+    ) -> None:
+        try:
+            write.commit(token_ids, embeddings(), shards, self._num_ranks)
+        except Exception as error:  # noqa: BLE001 (whatever an embedder raises loses this write only)
+            logger.error("The write to the memory %r was lost: %s", write.name, error)
+            self.num_failed_writes += 1
+            write.abandon()
+
+    def stats(self) -> dict[str, float]:
+        if self._library is not None:
+            for failure in self._library.take_failures():
+                logger.error("The write to the memory %r was lost: %s", failure.name, failure.reason)
+                self.num_failed_writes += 1
+        return {
+            "named_chunks_resident": len(self._resident),
+            "named_chunks_loaded": self.num_loads,
+            "named_chunks_saved": self.num_saves,
+            "failed_memory_writes": self.num_failed_writes,
+        }
+
+    def shutdown(self) -> None:
+        """Finish the writes of requests that have ended, as far as that takes little time."""
+        self._builder.shutdown(cancel_futures=True)
+        self._committer.shutdown()
+        if self._library is not None:
+            self._library.close()
