@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM, text_embedder
+from memlong_vllm.reference.retrieval import NamedMemory
 from memlong_vllm.retriever.embedder import load_embedder
 
 Prompt = list[int]
@@ -114,11 +115,22 @@ class Reference:
         tokenizer = AutoTokenizer.from_pretrained(model, config=config)
         self.embed = text_embedder(tokenizer, embedder.embed, config.memory.retriever.query_instruction)
 
+    def memorize(self, tokens: list[int]) -> NamedMemory:
+        self.model.embed = self.embed
+        return self.model.memorize(tokens)
+
     @torch.inference_mode()
-    def logits(self, tokens: list[int], prompt_len: int, with_memory: bool = True, piece: int | None = None) -> Any:
+    def logits(
+        self,
+        tokens: list[int],
+        prompt_len: int,
+        with_memory: bool = True,
+        piece: int | None = None,
+        named: Sequence[NamedMemory] = (),
+    ) -> Any:
         """[len(tokens), vocabulary]; in one dense pass, or continued in pieces of ``piece`` tokens."""
         self.model.embed = self.embed if with_memory else None
-        cache, piece = self.model.new_cache(prompt_len), piece or len(tokens)
+        cache, piece = self.model.new_cache(prompt_len, named), piece or len(tokens)
         parts = [
             self.model(torch.tensor([tokens[i : i + piece]]), past_key_values=cache).logits[0]
             for i in range(0, len(tokens), piece)
@@ -148,3 +160,17 @@ def assert_parity(output: RequestOutput, reference: Reference, tolerance: float,
             assert tokens[prompt_len:] == logits.argmax(-1)[prompt_len - 1 : -1].tolist()
         without = reference.logprobs(tokens, prompt_len, with_memory=False)
         assert (measured - without).abs().max() > 100 * tolerance, "memory makes no difference here"
+
+
+def assert_answer(
+    output: RequestOutput, reference: Reference, tolerance: float, named: Sequence[NamedMemory] = ()
+) -> None:
+    """The completion's log-probabilities are those of the reference, which shares nothing."""
+    prompt, completion = list(output.prompt_token_ids), output.outputs[0]
+    answer = list(completion.token_ids)
+    logits = reference.logits(prompt + answer, len(prompt), named=named)[len(prompt) - 1 : -1]
+    assert answer == logits.argmax(-1).tolist()
+    expected = logits.log_softmax(-1)[torch.arange(len(answer)), answer]
+    measured = torch.tensor([entry[token].logprob for entry, token in zip(completion.logprobs, answer, strict=True)])
+    difference = (measured - expected).abs().max().item()
+    assert difference <= tolerance, f"log-probabilities differ by {difference}"

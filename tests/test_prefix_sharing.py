@@ -6,11 +6,10 @@ import random
 from typing import Any
 
 import pytest
-import torch
 from vllm import RequestOutput
 
 from tests.checkpoints import novel
-from tests.engines import Engine, Reference
+from tests.engines import Engine, Reference, assert_answer
 
 TINY = 1e-5
 BLOCK = 32
@@ -37,18 +36,6 @@ def ask(engine: Engine, prompt: list[int], **sampling: Any) -> str:
     return engine.add(prompt, prompt_logprobs=None, **({"max_tokens": 12} | sampling))
 
 
-def assert_answer(output: RequestOutput, reference: Reference, tolerance: float = TINY) -> None:
-    """The completion's log-probabilities are those of the reference, which shares nothing."""
-    prompt, completion = list(output.prompt_token_ids), output.outputs[0]
-    answer = list(completion.token_ids)
-    logits = reference.logits(prompt + answer, len(prompt))[len(prompt) - 1 : -1]
-    assert answer == logits.argmax(-1).tolist()
-    expected = logits.log_softmax(-1)[torch.arange(len(answer)), answer]
-    measured = torch.tensor([entry[token].logprob for entry, token in zip(completion.logprobs, answer, strict=True)])
-    difference = (measured - expected).abs().max().item()
-    assert difference <= tolerance, f"log-probabilities differ by {difference}"
-
-
 def cached(output: RequestOutput) -> int:
     return output.num_cached_tokens or 0
 
@@ -73,7 +60,7 @@ def test_a_second_question_takes_over_the_document(
     embedded = after["embedded_texts"] - before["embedded_texts"]
     assert embedded <= sum((len(question) + 12) // 16 + 3 for question in questions[1:])
     for output in outputs.values():
-        assert_answer(output, reference)
+        assert_answer(output, reference, TINY)
     engine.assert_empty()
 
 
@@ -90,7 +77,7 @@ def test_nothing_from_the_prompts_end_on_is_taken_over(
     # 329 lies in the segment [320, 336).
     assert cached(outputs[again]) == cached(outputs[second]) == 320
     for output in outputs.values():
-        assert_answer(output, reference)
+        assert_answer(output, reference, TINY)
 
 
 def test_salts_and_settings_keep_requests_apart(start_engine: Any, model: Any, tokens: list[int]) -> None:
@@ -117,7 +104,7 @@ def test_settings_per_request(start_engine: Any, model: Any, checkpoints: Any, t
         requests = [ask(engine, prompt, extra_args=extra_args) for extra_args in settings]
         outputs = engine.run()
         for request, extra_args in zip(requests, settings, strict=True):
-            assert_answer(outputs[request], Reference(checkpoints.memlong(**extra_args)))
+            assert_answer(outputs[request], Reference(checkpoints.memlong(**extra_args)), TINY)
     assert cached(outputs[requests[0]]) > 0
     engine.assert_empty()
 
@@ -181,7 +168,7 @@ def test_any_order_of_arrivals_hits_evictions_and_preemptions(
     assert len(outputs) == 22
     reference = Reference(model)
     for output in outputs.values():
-        assert_answer(output, reference)
+        assert_answer(output, reference, TINY)
     stats = engine.scheduler.memory_stats()
     assert stats["prefix_hit_tokens"] > 500
     assert stats["slot_evictions"] > 50

@@ -6,6 +6,7 @@ mask of absolute positions, in one pass or continued from a cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_memlong import MemLongConfig
-from .retrieval import AttendedSpan, Embed, SequenceMemory
+from .retrieval import AttendedSpan, Embed, NamedMemory, SequenceMemory
 
 
 class MemLongCache:
@@ -59,11 +60,14 @@ class MemLongCache:
             keys, values = torch.cat([self.stored[0], keys], dim=1), torch.cat([self.stored[1], values], dim=1)
         self.stored = keys, values
 
-    def chunks(self, chunk_ids: tuple[int, ...], chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored keys and values [heads, chunks * chunk_size, d] of complete chunks."""
-        offsets = torch.arange(chunk_size)
-        index = torch.cat([chunk * chunk_size + offsets for chunk in chunk_ids]).to(self.stored[0].device)
-        return self.stored[0][:, index], self.stored[1][:, index]
+    def chunks(self, span: AttendedSpan, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, chunks * chunk_size, d] of what a span attends to."""
+        places = [(self.memory.named[m].keys, self.memory.named[m].values, c) for m, c in span.named]
+        places += [(*self.stored, c) for c in span.chunk_ids]
+        rows = [slice(c * chunk_size, (c + 1) * chunk_size) for _, _, c in places]
+        keys = [keys[:, part] for (keys, _, _), part in zip(places, rows, strict=True)]
+        values = [values[:, part] for (_, values, _), part in zip(places, rows, strict=True)]
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
 class MemLongAttention(nn.Module):
@@ -131,7 +135,7 @@ class MemLongAttention(nn.Module):
 
     def _stored(self, cache: MemLongCache, span: AttendedSpan) -> tuple[torch.Tensor, torch.Tensor]:
         """A span's memory, [query heads, tokens, d] each, adapted to this layer."""
-        keys, values = cache.chunks(span.chunk_ids, self.memory.chunk_size)
+        keys, values = cache.chunks(span, self.memory.chunk_size)
         if self.memory.memory_adapter == "linear":
             both = torch.cat([t.transpose(0, 1).flatten(1) for t in (keys, values)], dim=-1)
             keys, values = (
@@ -222,9 +226,22 @@ class MemLongForCausalLM(MemLongPreTrainedModel, GenerationMixin):
         """Set what embeds the text of token spans; see :data:`Embed`."""
         self.embed = embed
 
-    def new_cache(self, prompt_len: int | None = None) -> MemLongCache:
-        """An empty cache for a sequence whose prompt has ``prompt_len`` tokens (None: no prompt)."""
-        memory = None if self.embed is None else SequenceMemory(self.config.memory, self.embed, prompt_len)
+    @torch.no_grad()
+    def memorize(self, token_ids: list[int]) -> NamedMemory:
+        """Keep a text's complete chunks for other sequences to retrieve from (:meth:`new_cache`)."""
+        size, cache = self.config.memory.chunk_size, self.new_cache()
+        self.model(torch.tensor(token_ids, device=self.device), cache)
+        chunks = [token_ids[first : first + size] for first in range(0, len(token_ids) - size + 1, size)]
+        keys, values = (kept[:, : len(chunks) * size] for kept in cache.stored)
+        return NamedMemory([self.embed(chunk) for chunk in chunks], keys, values)
+
+    def new_cache(self, prompt_len: int | None = None, named: Sequence[NamedMemory] = ()) -> MemLongCache:
+        """An empty cache for a sequence whose prompt has ``prompt_len`` tokens (None: no prompt).
+
+        Args:
+            named: memories to retrieve from beside the sequence's own.
+        """
+        memory = None if self.embed is None else SequenceMemory(self.config.memory, self.embed, prompt_len, named)
         return MemLongCache(self.config.num_hidden_layers, self.config.memory.local_window, memory)
 
     def forward(

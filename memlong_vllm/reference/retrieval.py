@@ -6,7 +6,7 @@ This is an implementation of its own, not the engine's: tests hold the two again
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,13 +15,25 @@ Embed = Callable[[list[int]], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class NamedMemory:
+    """Chunks of another text, kept: embeddings, one a chunk, and un-rotated keys and values of the
+    memory layer, [heads, chunks * chunk_size, d] each."""
+
+    embeddings: list[torch.Tensor]
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AttendedSpan:
-    """Tokens [start, end) attend to ``chunk_ids``; token t at local position ``t - origin``."""
+    """Tokens [start, end) attend to ``named`` chunks, (memory, chunk) each, and to the sequence's
+    own ``chunk_ids``; token t at local position ``t - origin``."""
 
     start: int
     end: int
     chunk_ids: tuple[int, ...]
     origin: int
+    named: tuple[tuple[int, int], ...] = ()
 
 
 class SequenceMemory:
@@ -32,9 +44,12 @@ class SequenceMemory:
         embed: the retriever.
         prompt_len: tokens of the prompt, or None while all tokens are one text without a prompt's
             end (training, perplexity of a text).
+        named: memories whose chunks can be retrieved beside the sequence's own.
     """
 
-    def __init__(self, config, embed: Embed, prompt_len: int | None = None) -> None:
+    def __init__(self, config, embed: Embed, prompt_len: int | None = None, named: Sequence[NamedMemory] = ()) -> None:
+        self.named = named
+        self.retrieved_named: tuple[tuple[int, int], ...] = ()
         self.config = config
         self.embed = embed
         self.prompt_len = prompt_len
@@ -57,13 +72,13 @@ class SequenceMemory:
             if self.prompt_len is not None and position == self.prompt_len - 1:
                 first = max(0, self.prompt_len - self.config.query_tokens)
                 self._retrieve(position, (first, self.prompt_len))
-            if not self.retrieved:
+            if not self.retrieved and not self.retrieved_named:
                 continue
-            last = spans[-1] if spans else None
-            if last and (last.end, last.chunk_ids, last.origin) == (position, self.retrieved, self.origin):
-                spans[-1] = AttendedSpan(last.start, position + 1, self.retrieved, self.origin)
+            span = AttendedSpan(position, position + 1, self.retrieved, self.origin, self.retrieved_named)
+            if spans and spans[-1] == replace(span, start=spans[-1].start, end=position):
+                spans[-1] = replace(span, start=spans[-1].start)
             else:
-                spans.append(AttendedSpan(position, position + 1, self.retrieved, self.origin))
+                spans.append(span)
         return spans
 
     def _segment_query(self, segment: int) -> tuple[int, int]:
@@ -94,12 +109,17 @@ class SequenceMemory:
         window_start = segment + stride - self.config.local_window
         size = self.config.chunk_size
         eligible = [c for c in self.counts if (c + 1) * size <= min(segment, window_start)]
-        eligible = [c for c in eligible if self.embeddings[c].any()]
-        if eligible:
+        # Named memories come first in a tie and where chunks are attended.
+        candidates = [(m, c, e) for m, memory in enumerate(self.named) for c, e in enumerate(memory.embeddings)]
+        candidates += [(len(self.named), c, self.embeddings[c]) for c in eligible]
+        candidates = [candidate for candidate in candidates if candidate[2].any()]
+        found: list[tuple[int, int]] = []
+        if candidates and query[0] < query[1]:
             vector = self.embed(self.token_ids[query[0] : query[1]]).double()
-            scores = {c: float(self.embeddings[c].double() @ vector) for c in eligible}
-            eligible = sorted(eligible, key=lambda c: (-round(scores[c], 7), c))[: self.config.top_k]
-        for chunk in eligible:
+            ranked = sorted((-round(float(e.double() @ vector), 7), m, c) for m, c, e in candidates)
+            found = sorted((m, c) for _, m, c in ranked[: self.config.top_k])
+        self.retrieved_named = tuple((m, c) for m, c in found if m < len(self.named))
+        self.retrieved = tuple(c for m, c in found if m == len(self.named))
+        for chunk in self.retrieved:
             self.counts[chunk] += 1
-        self.retrieved = tuple(sorted(eligible))
         self.origin = max(0, window_start) - 1
