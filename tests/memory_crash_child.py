@@ -7,6 +7,7 @@ ended it says so. A child writes what it is about to do and what was done to a l
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -102,17 +103,18 @@ class Child:
 
 def kill_at(number: int) -> None:
     """Die at the ``number``-th change of the file system, before or after it in turn."""
-    left = [number]
+    calls = itertools.count(1)  # Of two threads.
 
     def deadly(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0 and number % 2:
+            is_last = next(calls) == number
+            if is_last and number % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*args, **kwargs)
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return original(*args, **kwargs)
+            finally:
+                if is_last:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 

@@ -123,33 +123,41 @@ class Verifier:
         Raises:
             MemoryDamagedError: naming the first file that is missing or not as it was written.
         """
-        for file in manifest.files():
-            self._verify_file(folder / file.name, file)
         for part in manifest.parts:
+            self._verify_file(folder, StoredFile(part.chunks_file, part.sha256, part.num_bytes))
             for shard in part.shards:
-                try:
-                    check_shard(folder, shard.path, shard.num_chunks, shard.ranks, manifest.format)
-                except ShardError as error:
-                    raise MemoryDamagedError(str(error)) from error
+                was_read = {self._verify_file(folder, file) for file in shard.files()}
+                if True in was_read:
+                    self._check_shard(folder, shard, manifest.format)
+
+    def _check_shard(self, folder: Path, shard: ShardEntry, made: MemoryFormat) -> None:
+        try:
+            check_shard(folder, shard.path, shard.num_chunks, shard.ranks, made)
+        except ShardError as error:
+            self.forget(folder, {file.name for file in shard.files()})
+            raise MemoryDamagedError(str(error)) from error
 
     def forget(self, folder: Path, names: set[str]) -> None:
         """Forget files of a folder that were removed."""
         for name in names:
             self._seen.pop(folder / name, None)
 
-    def _verify_file(self, path: Path, file: StoredFile) -> None:
+    def _verify_file(self, folder: Path, file: StoredFile) -> bool:
+        """Returns whether the file was read: it had not been verified before."""
+        path = folder / file.name
         try:
             status = path.stat()
             if status.st_size != file.num_bytes:
                 raise MemoryDamagedError(f"{path}: has {status.st_size} bytes instead of {file.num_bytes}")
             now = _seen(file.sha256, status)
             if self._seen.get(path) == now:
-                return
+                return False
             if file_sha256(path) != file.sha256:
                 raise MemoryDamagedError(f"{path}: is not as it was written: its checksum differs")
         except OSError as error:
             raise MemoryDamagedError(f"{path}: {error.strerror or error}") from error
         self._seen[path] = now
+        return True
 
 
 def _seen(sha256: str, status: os.stat_result) -> _Seen:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import os
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from memlong_vllm.memories.durable import UNFINISHED, finish
+from memlong_vllm.memories.durable import write_durably
 from memlong_vllm.memories.errors import ShardError
 from memlong_vllm.memories.shard_layout import TENSOR, ShardHeader, checked_header, shard_file, shard_files
 
@@ -37,13 +36,10 @@ def write_shard(path: str, rank: int, num_ranks: int, first_head: int, kv: torch
     if kv.dim() != 5 or kv.shape[1] != 2 or 0 in kv.shape:
         raise ShardError(f"{file}: cannot write a tensor of shape {list(kv.shape)}")
     metadata = {"first_head": str(first_head), "num_heads": str(kv.shape[2])}
-    unfinished = file + UNFINISHED
     try:
-        save_file({TENSOR: kv.detach().to("cpu").contiguous()}, unfinished, metadata=metadata)
-        finish(unfinished, file)
+        # Not save_file: a kill would leave its temporary file, which has a name of its own choice.
+        write_durably(Path(file), save({TENSOR: kv.detach().to("cpu").contiguous()}, metadata))
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            os.unlink(unfinished)
         raise ShardError(f"{file}: cannot be written: {error}") from error
 
 
