@@ -111,8 +111,12 @@ def test_what_was_forgotten_or_shared_or_preempted_is_written_all_the_same(
     engine.run()
     again = engine.add(text + tokens[700:800], prompt_logprobs=None, max_tokens=40, extra_args={"memory_write": "all"})
 
+    num_running = 0
+
     def preempt(step: int) -> None:
-        if step in (1, 20):
+        nonlocal num_running
+        num_running += bool(engine.scheduler.running)
+        if num_running in (1, 20):
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     output = engine.run(preempt)[again]
@@ -158,6 +162,7 @@ def test_tenants_do_not_meet(start_engine: Any, model: Path, tokens: list[int], 
     for salt in (None, "bob", "alic", "Alice"):
         assert "no memory named 'diary'" in why(engine, ask(engine, tokens[:100], salt=salt, memory_read="diary"))
     write(engine, "diary", tokens[500:900], salt="bob")
+    assert engine.scheduler._named.flush(30)
     infos = {s: engine.scheduler._named.library.names(t) for s, t in folders(("alice", "bob", None)).items()}
     assert [info.num_chunks for info in infos["alice"]] == [300 // 16]
     assert [info.num_chunks for info in infos["bob"]] == [400 // 16]
@@ -196,7 +201,8 @@ def test_quota(start_engine: Any, model: Path, tokens: list[int], tmp_path: Path
     write(engine, "two", tokens[:160])
     for name, length in (("three", 160), ("two", 400)):
         request = engine.add(tokens[:length], max_tokens=1, extra_args={"memory_write": name})
-        assert "quota" in why(engine, request)
+        reason = why(engine, request)
+        assert "quota" in reason
     write(engine, "three", tokens[:160], salt="another tenant")
     engine.assert_empty()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -243,6 +243,11 @@ class NamedMemories:
             "named_chunks_saved": self.num_saves,
             "failed_memory_writes": self.num_failed_writes,
         }
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until the writes of requests that have ended are on disk or have failed."""
+        _, missing = wait(self._commits.values(), timeout)
+        return not missing and (self._library is None or self._library.flush(timeout))
 
     def shutdown(self) -> None:
         """Finish the writes of requests that have ended, as far as that takes little time."""
