@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 import time
 from dataclasses import fields
 from functools import partial
@@ -70,6 +71,7 @@ class MemLongScheduler(Scheduler):
         self._memories: dict[str, RequestMemory] = {}
         self._failures: dict[str, str] = {}
         self._hits: dict[str, PrefixHit] = {}
+        self._secret = secrets.token_hex(16)
         self._is_admission_closed = False
         self._trace = RetrievalTrace(deployment.trace_file) if deployment.trace_file else None
         retriever = self._memory.retriever
@@ -132,7 +134,7 @@ class MemLongScheduler(Scheduler):
         named = self._named.begin(settings, tenant, max_tokens // config.chunk_size)
         memory = RequestMemory(settings, config, retriever, named)
         if not reads:
-            memory.address(request)
+            memory.address(request, self._secret)
         return memory
 
     def _max_tokens(self, request: Request) -> int:
@@ -269,7 +271,7 @@ class MemLongScheduler(Scheduler):
         except (MemoryLibraryError, IndexFactoryError) as error:
             self._failures[request.request_id] = str(error)
             return False
-        memory.address(request)
+        memory.address(request, self._secret)
         return True
 
     def _fits(self, request: Request, memory: RequestMemory, hit: PrefixHit) -> bool:
