@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from memlong_vllm.scheduler.slots import Chunk, SlotError, SlotPool
 
+OPERATIONS = ["new", "kept", "hold", "release", "clear"]
+
 
 def kept(pool: SlotPool, lost: list[int], name: int) -> Chunk:
     chunk = pool.new()
@@ -71,9 +73,7 @@ def test_misuse_is_noticed() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(["new", "kept", "hold", "release", "clear"]), st.integers(0, 50)), max_size=60)
-)
+@given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 50)), max_size=60))
 def test_a_plain_model_of_the_pool(operations: list[tuple[str, int]]) -> None:
     """Held slots never change hands; what is kept goes in the order of last use."""
     pool, size = SlotPool(4), 4
