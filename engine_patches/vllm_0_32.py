@@ -60,6 +60,9 @@ def _patch_request_validation() -> None:
             settings = RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
             if settings.memory_write is not None and params.n > 1:
                 raise ValueError("memory_write: n must be 1, or the prompt would be written several times")
+            if settings.memory_write is not None and params.stop:
+                # The front end finds them, and all the engine hears of it is an abort.
+                raise ValueError("memory_write does not go with stop strings: use stop_token_ids or max_tokens")
         return original(self, params, *args, **kwargs)
 
     InputProcessor._validate_params = _validate_params

@@ -37,6 +37,11 @@ class MemLongEngineConfig(VerifyAndUpdateConfig):
         _warn(vllm_config, memory)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.scheduler_config.async_scheduling = False
+        # vLLM's default keeps, of a windowed prompt, only the blocks at its very end: of use to the
+        # same prompt again, not to another question about the same document.
+        vllm_config.cache_config.prefix_cache_retention_interval = (
+            vllm_config.cache_config.prefix_cache_retention_interval or None
+        )
         if current_platform.is_cuda_alike():
             _split_graphs(vllm_config)
 

@@ -169,6 +169,12 @@ def max_sequence_slots(memory: MemoryConfig, max_tokens: int, max_step_tokens: i
     return min(total, max(1, memory.capacity) + writing + lingering)
 
 
+def max_named_slots(memory: MemoryConfig, max_tokens: int, max_step_tokens: int) -> int:
+    """Bank slots that chunks of named memories can take for one sequence, beside its own: the sets
+    of all retrievals of a step, and the ones before and after. Arguments as above."""
+    return (min(max_tokens, max_step_tokens) // memory.retrieval_stride + 3) * memory.top_k
+
+
 def bank_slots(vllm_config: VllmConfig) -> int:
     """Slots of each rank's bank: as many as ``bank_gib`` holds, none that could never be used.
 
@@ -187,7 +193,8 @@ def bank_slots(vllm_config: VllmConfig) -> int:
     if fitting < one:
         rule = f"a sequence of max_model_len ({model_config.max_model_len}) may need {one * chunk_bytes / GIB:.2f} GiB"
         raise MemoryConfigError("bank_gib", deployment.bank_gib, rule)
-    return min(fitting, one * scheduler_config.max_num_seqs)
+    named = max_named_slots(memory, model_config.max_model_len, scheduler_config.max_num_batched_tokens)
+    return min(fitting, (one + named) * scheduler_config.max_num_seqs)
 
 
 def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:

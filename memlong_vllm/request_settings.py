@@ -13,7 +13,8 @@ from typing import Any
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.memories.names import validate_name
 
-OURS = ("memory_", "memlong", "top_k")
+OURS = ("memory", "memlong", "top_k")
+MAX_READ = 16
 
 
 class RequestSettingsError(ValueError):
@@ -47,12 +48,15 @@ class RequestSettings:
         Raises:
             RequestSettingsError: naming the field, its value and the rule.
         """
+        if not isinstance(extra_args or {}, Mapping) or not all(isinstance(name, str) for name in extra_args or {}):
+            raise RequestSettingsError("extra_args: must be an object of settings by name")
         arguments = dict(extra_args or {})
         known = {f.name for f in fields(cls)}
         unknown = sorted(name for name in arguments if name.startswith(OURS) and name not in known)
         if unknown:
             raise RequestSettingsError(f"extra_args {unknown}: MemLong's are {sorted(known)}")
-        read = arguments.get("memory_read") or ()
+        read = arguments.get("memory_read")
+        read = () if read is None else read
         settings = cls(
             arguments.get("memory_size"),
             arguments.get("top_k"),
@@ -83,6 +87,8 @@ class RequestSettings:
                 validate_name(name)
             except ValueError as error:
                 raise RequestSettingsError(f"{field}: {error}") from None
+        if len(self.memory_read) > MAX_READ:
+            raise RequestSettingsError(f"memory_read: {len(self.memory_read)} memories; at most {MAX_READ} can be read")
         if len(set(self.memory_read)) < len(self.memory_read):
             raise RequestSettingsError(f"memory_read = {list(self.memory_read)}: names a memory twice")
 

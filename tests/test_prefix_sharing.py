@@ -45,7 +45,7 @@ def test_a_second_question_takes_over_the_document(
 ) -> None:
     engine: Engine = start_engine(model, block_size=BLOCK)
     document = tokens[:1000]
-    questions = [tokens[5000 + i * 50 : 5020 + i * 60] for i in range(3)]
+    questions = [tokens[5000 + i * 500 : 5020 + i * 560] for i in (2, 0, 1)]  # The first is longer than the window.
     first = ask(engine, document + questions[0])
     outputs = engine.run()
     assert cached(outputs[first]) == 0
@@ -125,6 +125,22 @@ def settings_engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any
     engine = Engine(model, trace_file=tmp_path_factory.mktemp("settings") / "trace.jsonl")
     yield engine
     engine.shutdown()
+
+
+@pytest.mark.parametrize("scope", ["preceding", "current"])
+def test_segments_longer_than_blocks(start_engine: Any, checkpoints: Any, tokens: list[int], scope: str) -> None:
+    """Under "current" a block's contents depend on text behind it: then nothing is shared."""
+    settings = {"retrieval_stride": 64, "local_window": 128, "query_tokens": 64, "query_scope": scope}
+    model = checkpoints.memlong(**settings)
+    engine: Engine = start_engine(model, block_size=BLOCK)
+    document, end = tokens[:600], tokens[900:940]
+    other = document[:544] + tokens[2000:2100]  # Shares half a segment with the document.
+    reference = Reference(model)
+    for prompt in (other, document + end, document + tokens[1000:1020]):
+        request = ask(engine, prompt)
+        output = engine.run()[request]
+        assert_answer(output, reference, TINY)
+    assert (cached(output) > 500) == (scope == "preceding")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -60,7 +60,18 @@ BAD = [
     {"memory_write": "a\0"},
     {"memory_raed": "a"},
     {"memlong": {}},
+    {"memory": "a"},
+    {"memory_read": False},
+    {"memory_read": ""},
+    {"memory_read": {}},
+    {"memory_read": [f"m{i}" for i in range(17)]},
 ]
+
+
+@pytest.mark.parametrize("extra_args", [["memory_read"], "memory_read", {3: "memory_read"}])
+def test_what_is_no_object_of_settings_is_refused(extra_args: Any) -> None:
+    with pytest.raises(RequestSettingsError, match="extra_args"):
+        RequestSettings.from_extra_args(extra_args, LIMITS)
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -134,8 +133,8 @@ def check_index(factory: object, parameters: object) -> str | None:
     if not isinstance(parameters, dict) or not all(isinstance(name, str) and name for name in parameters):
         return "index parameters must be an object of named values"
     for name, value in parameters.items():
-        if type(value) not in (str, int, float, bool) or (type(value) is float and not math.isfinite(value)):
-            return f"the index parameter {name[:40]!r} must be a string, a finite number or a boolean"
+        if type(value) is not int or not 0 < value < 1 << 31:
+            return f"the index parameter {name[:40]!r} must be a positive integer"
     return None
 
 

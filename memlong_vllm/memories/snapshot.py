@@ -92,6 +92,19 @@ class OpenMemory:
         i = bisect_right(self._starts, chunk) - 1
         return str(self._folder / self._shards[i].path), chunk - self._starts[i]
 
+    def missing_file(self, chunk: int) -> str | None:
+        """A file of the chunk's shard that was there when the memory was opened and no longer is,
+        or has another size. Cheap: contents are not read again."""
+        i = bisect_right(self._starts, chunk) - 1
+        for file in self._shards[i].files():
+            try:
+                size = (self._folder / file.name).stat().st_size
+            except OSError:
+                size = -1
+            if size != file.num_bytes:
+                return file.name
+        return None
+
     def _ready_contents(self) -> Contents:
         if self._contents is None:
             raise self._error or MemoryLibraryError(f"the memory '{self.name}' is not ready yet")

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from memlong_vllm.config import MemoryConfig, max_sequence_slots
+from memlong_vllm.config import MemoryConfig, max_named_slots, max_sequence_slots
 from memlong_vllm.plan import ReadSpan, SequencePlan
 from memlong_vllm.scheduler.events import Event, Forgotten, NamedChunk, Retrieved
 from memlong_vllm.scheduler.eviction import ChunkCounters
@@ -46,6 +46,7 @@ class MemoryHandle:
         origin: local position offset of that set.
         retrieval_id: of the retrieval it came from.
         retiring: forgotten chunks that may still be read.
+        passing: forgotten chunks of a shared prefix, held for the first step only.
         borrowed: chunks of named memories in the set; ``returning``: in earlier sets of the step.
         segment: the last shared segment; ``num_shared``: how many there are; ``segment_chunks``,
             ``segment_retrieved``: what the one under way will consist of.
@@ -63,6 +64,7 @@ class MemoryHandle:
     origin: int = -1
     retrieval_id: int = -1
     retiring: list[Chunk] = field(default_factory=list)
+    passing: list[Chunk] = field(default_factory=list)
     borrowed: list[Chunk] = field(default_factory=list)
     returning: list[Chunk] = field(default_factory=list)
     segment: Segment | None = None
@@ -73,7 +75,7 @@ class MemoryHandle:
     def held(self) -> list[Chunk]:
         """Everything this sequence holds, one entry a holding; the newest of its own chunks first."""
         own = [*self.writing.values(), *reversed(self.chunks.values())]
-        return own + self.retiring + self.borrowed + self.returning
+        return own + self.retiring + self.borrowed + self.returning + self.passing
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +116,13 @@ class Ledger:
     def slots_at_most(self, num_tokens: int, config: MemoryConfig, reads_named: bool = False) -> int:
         """Slots that a sequence of ``num_tokens`` tokens can have held at once."""
         own = max_sequence_slots(config, num_tokens, self._max_step_tokens)
-        sets = self._max_step_tokens // config.retrieval_stride + 3 if reads_named else 0
-        return own + sets * config.top_k
+        return own + (max_named_slots(config, num_tokens, self._max_step_tokens) if reads_named else 0)
 
     def slots_to_come(self, request_id: str, num_tokens: int) -> int:
         """Slots that a sequence may still ask for until it has ``num_tokens`` tokens."""
         handle = self._handles[request_id]
         bound = self.slots_at_most(num_tokens, handle.config, handle.borrow is not None)
-        return max(0, bound - len(handle.held()))
+        return max(0, bound - len(handle.held()) + len(handle.passing))
 
     def slots_to_advance(self, request_id: str, num_tokens: int) -> int:
         """Slots that planning the next ``num_tokens`` tokens takes at most."""
@@ -169,8 +170,8 @@ class Ledger:
             handle.counters.counts = dict(prefix.counts)
             handle.chunks = dict(prefix.chunks)
             # Forgotten chunks that are wanted (to be saved) are held for the step to come.
-            handle.returning = list(prefix.forgotten.values())
-            for chunk in [*handle.chunks.values(), *handle.returning]:
+            handle.passing = list(prefix.forgotten.values())
+            for chunk in [*handle.chunks.values(), *handle.passing]:
                 self.pool.hold(chunk)
         self._handles[request_id] = handle
 
@@ -185,9 +186,9 @@ class Ledger:
     def free_retired(self) -> None:
         """Let go what the steps so far can no longer read. Call before planning a step."""
         for handle in self._handles.values():
-            for chunk in handle.returning:
+            for chunk in [*handle.returning, *handle.passing]:
                 self.pool.release(chunk)
-            handle.returning = []
+            handle.returning, handle.passing = [], []
             if handle.retiring:
                 lingering = [chunk for chunk in handle.retiring if chunk in handle.retrieved]
                 for chunk in handle.retiring:

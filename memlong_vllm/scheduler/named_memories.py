@@ -38,21 +38,23 @@ class NamedUse:
         tenant: folder of the tenant.
         names: of the memories it reads; ``reads``: these, once they are open, in this order and as
             they were then; ``indexes``: of their embeddings.
+        awaited: writes by requests that had ended when it came.
         write: the write under way, if any; ``shards``: what was saved for it so far, with the
             number of chunks in each; ``num_saved``: their sum.
+        versions: what the memories it reads are, for as long as none of their files is lost.
+        damage: why what it has read is not to be trusted, if so.
     """
 
     tenant: str
     names: tuple[str, ...]
+    awaited: list[PendingWrite]
     write: PendingWrite | None
     reads: list[OpenMemory] = field(default_factory=list)
     indexes: list[Future[CorpusIndex]] = field(default_factory=list)
     shards: list[tuple[str, int]] = field(default_factory=list)
     num_saved: int = 0
-
-    @property
-    def versions(self) -> tuple[str, ...]:
-        return tuple(memory.version for memory in self.reads)
+    versions: tuple[str, ...] = ()
+    damage: str | None = None
 
 
 class NamedMemories:
@@ -82,7 +84,9 @@ class NamedMemories:
         self._index_users: Counter[str] = Counter()
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="memlong-index")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="memlong-commit")
-        self._commits: dict[tuple[str, str], Future[None]] = {}
+        self._commits: list[Future[None]] = []
+        self._writes: dict[tuple[str, str], PendingWrite] = {}
+        self._losses: Counter[str] = Counter()
         self._loads: list[ChunkLoad] = []
         self._saves: list[ChunkSave] = []
         self.num_loads = 0
@@ -107,8 +111,9 @@ class NamedMemories:
         """
         if not settings.memory_read and settings.memory_write is None:
             return None
-        for name in settings.memory_read:
-            if not self._is_being_written(tenant, name):
+        under_way = {name: self._write_under_way(tenant, name) for name in settings.memory_read}
+        for name, write_under_way in under_way.items():
+            if write_under_way is None:
                 self.library.info(tenant, name)
         write = None
         if settings.memory_write is not None:
@@ -116,12 +121,13 @@ class NamedMemories:
                 least = f"a chunk ({self._chunk_size} tokens)"
                 raise MemoryWriteError(f"memory_write: prompt and answer together have less than {least}")
             write = self.library.begin_write(tenant, settings.memory_write, max_chunks)
-        return NamedUse(tenant, settings.memory_read, write)
+        awaited = [pending for pending in under_way.values() if pending is not None]
+        return NamedUse(tenant, settings.memory_read, awaited, write)
 
-    def _is_being_written(self, tenant: str, name: str) -> bool:
-        """Whether a request that has ended is still to become part of a memory."""
-        commit = self._commits.get((tenant, name))
-        return (commit is not None and not commit.done()) or self.library.is_busy(tenant, name)
+    def _write_under_way(self, tenant: str, name: str) -> PendingWrite | None:
+        """The last write to a memory by a request that has ended, if it is still on its way."""
+        write = self._writes.get((tenant, name))
+        return None if write is None or write.is_done else write
 
     def is_ready(self, use: NamedUse) -> bool:
         """Whether everything a request reads can be searched.
@@ -131,11 +137,10 @@ class NamedMemories:
         Raises:
             MemoryLibraryError: if one of its memories cannot be read.
         """
-        if len(use.reads) < len(use.names):
-            if any(self._is_being_written(use.tenant, name) for name in use.names):
-                return False
-            for name in use.names[len(use.reads) :]:
-                use.reads.append(self.library.open(use.tenant, name))
+        if not all(write.is_done for write in use.awaited):
+            return False
+        for name in use.names[len(use.reads) :]:
+            use.reads.append(self.library.open(use.tenant, name))
         for memory in use.reads:
             if memory.error is not None:
                 raise memory.error
@@ -143,28 +148,33 @@ class NamedMemories:
             return False
         if not use.indexes:
             use.indexes = [self._index(memory) for memory in use.reads]
+            use.versions = tuple(f"{memory.version} {self._losses[memory.version]}" for memory in use.reads)
         return all(index.done() for index in use.indexes)
 
     def _index(self, memory: OpenMemory) -> Future[CorpusIndex]:
         version = memory.version
         self._index_users[version] += 1
         if version not in self._indexes:
-            parameters = {name: int(value) for name, value in memory.index_parameters.items()}
-            self._indexes[version] = self._builder.submit(
-                CorpusIndex, memory.embeddings, memory.index_factory, parameters
-            )
+            self._indexes[version] = self._builder.submit(_build_index, memory)
         return self._indexes[version]
 
     def borrow(self, use: NamedUse, chunk: NamedChunk) -> Chunk:
         """A chunk's slot, held once more for the caller; brought in with this step if need be."""
-        place = use.reads[chunk.memory].location(chunk.row)
+        memory = use.reads[chunk.memory]
+        place = memory.location(chunk.row)
         resident = self._resident.get(place)
         if resident is not None:
             self._pool.hold(resident)
             return resident
-        brought = self._resident[place] = self._pool.new()
-        brought.on_evict = lambda: self._forget(place)
+        brought = self._pool.new()
         self._loads.append(ChunkLoad(brought.slot, *place))
+        if missing := memory.missing_file(chunk.row):
+            # The plan stands, but its request ends, and nothing that it computes is met again.
+            self._losses[memory.version] += 1
+            use.damage = f"the memory '{memory.name}' was damaged while it was open: {missing} is gone"
+            return brought
+        self._resident[place] = brought
+        brought.on_evict = lambda: self._forget(place)
         return brought
 
     def _forget(self, place: tuple[str, int]) -> None:
@@ -216,9 +226,10 @@ class NamedMemories:
             return False
         size = self._chunk_size
         tokens = np.asarray(token_ids[: use.num_saved * size], dtype=np.int32).reshape(-1, size)
-        self._commits = {key: commit for key, commit in self._commits.items() if not commit.done()}
-        commit = self._committer.submit(self._commit, write, tokens, embeddings, use.shards)
-        self._commits[write.tenant, write.name] = commit
+        self._commits = [commit for commit in self._commits if not commit.done()]
+        self._commits.append(self._committer.submit(self._commit, write, tokens, embeddings, use.shards))
+        self._writes = {key: other for key, other in self._writes.items() if not other.is_done}
+        self._writes[write.tenant, write.name] = write
         return True
 
     def _commit(
@@ -249,13 +260,19 @@ class NamedMemories:
 
     def flush(self, timeout: float) -> bool:
         """Wait until the writes of requests that have ended are on disk or have failed."""
-        _, missing = wait(self._commits.values(), timeout)
+        _, missing = wait(self._commits, timeout)
         return not missing and (self._library is None or self._library.flush(timeout))
 
     def shutdown(self) -> None:
         """Finish the writes of requests that have ended, as far as that takes little time."""
-        self.flush(_SHUTDOWN_TIMEOUT_S)
+        if not self.flush(_SHUTDOWN_TIMEOUT_S):
+            logger.error("The engine ends before all writes to named memories were on disk: they are lost")
         self._builder.shutdown(wait=False, cancel_futures=True)
         self._committer.shutdown(wait=False, cancel_futures=True)
         if self._library is not None:
             self._library.close()
+
+
+def _build_index(memory: OpenMemory) -> CorpusIndex:
+    parameters = {name: int(value) for name, value in memory.index_parameters.items()}
+    return CorpusIndex(memory.embeddings, memory.index_factory, parameters)

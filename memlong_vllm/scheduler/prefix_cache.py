@@ -46,6 +46,11 @@ class PrefixCache:
         self._manager = kv_cache_manager
         self._ledger = ledger
         self.nothing = PrefixHit(0, kv_cache_manager.empty_kv_cache_blocks, None)
+        spec = kv_cache_manager.kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        stride = ledger.config.retrieval_stride
+        # Under "current" all of a segment depends on all of its text, a block's address only on
+        # the text up to the block's end: they agree where blocks end with segments.
+        self._may_share = ledger.config.query_scope == "preceding" or spec.block_size % stride == 0
         self._limit_blocks()
 
     def _limit_blocks(self) -> None:
@@ -58,7 +63,8 @@ class PrefixCache:
         cache_blocks = coordinator.cache_blocks
 
         def cache_pure_blocks(request: Any, num_computed_tokens: int) -> None:
-            cache_blocks(request, min(num_computed_tokens, (request.num_prompt_tokens - 1) // stride * stride))
+            num_pure = (request.num_prompt_tokens - 1) // stride * stride if self._may_share else 0
+            cache_blocks(request, min(num_computed_tokens, num_pure))
 
         coordinator.cache_blocks = cache_pure_blocks
 
@@ -69,7 +75,7 @@ class PrefixCache:
             keys: addresses of the segments that may be shared.
             every_chunk: forgotten chunks must still be resident.
         """
-        if not self._manager.prefix_cache_lookup_enabled(request):
+        if not self._may_share or not self._manager.prefix_cache_lookup_enabled(request):
             return self.nothing
         lengths = self._ledger.find_prefix(config, keys, every_chunk)
         stride = config.retrieval_stride

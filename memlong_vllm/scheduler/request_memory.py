@@ -60,4 +60,5 @@ class RequestMemory:
             request.block_hashes.clear()
             request.update_block_hashes()
         num_segments = num_shareable_segments(self.config, request.num_prompt_tokens)
-        self.keys = segment_keys(request.prompt_token_ids, self.config.retrieval_stride, num_segments, seed=repr(salt))
+        seed = repr((salt, self.config.memory_size, self.config.top_k))
+        self.keys = segment_keys(request.prompt_token_ids, self.config.retrieval_stride, num_segments, seed)

@@ -21,8 +21,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from memlong_vllm.config import bank_slots, request_limits, resolve
-from memlong_vllm.memories.errors import MemoryLibraryError
-from memlong_vllm.memories.index import IndexFactoryError
 from memlong_vllm.memories.memory_format import PROBE_TEXT
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.plan import StepPlan
@@ -42,6 +40,11 @@ from memlong_vllm.scheduler.trace import RetrievalTrace
 
 logger = init_logger(__name__)
 
+ENDED_WELL = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
+)
 # While every request waits for embeddings there is nothing to run; a short wait keeps the engine
 # from spinning and still lets it take new requests and aborts.
 _IDLE_WAIT_S = 0.02
@@ -103,7 +106,7 @@ class MemLongScheduler(Scheduler):
             return
         try:
             memory = self._make_memory(request)
-        except (RequestSettingsError, MemoryLibraryError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, it ends this request and not the engine)
             self._failures[request.request_id] = str(error)
             return
         self._memories[request.request_id] = memory
@@ -159,7 +162,7 @@ class MemLongScheduler(Scheduler):
         still wanted."""
         if memory.named is None:
             return False
-        has_ended_well = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        has_ended_well = request.status in ENDED_WELL
         num_chunks, retriever = memory.named.num_saved, memory.retriever
 
         def embeddings() -> np.ndarray:
@@ -271,7 +274,7 @@ class MemLongScheduler(Scheduler):
                 self.counters.note_hold(memory, is_held=True)
                 return False
             memory.retriever.named = [index.result() for index in memory.named.indexes]
-        except (MemoryLibraryError, IndexFactoryError) as error:
+        except Exception as error:  # noqa: BLE001 (an index may fail in any way; that ends its readers)
             self._failures[request.request_id] = str(error)
             return False
         memory.address(request, self._secret)
@@ -320,6 +323,8 @@ class MemLongScheduler(Scheduler):
             search = self.counters.timed(self._memories[request_id].retriever.search)
             advance = self.ledger.advance(request_id, end - num_tokens, end, search)
             plans.append(advance.plan)
+            if (memory := self._memories[request_id]).named is not None and memory.named.damage is not None:
+                self._failures[request_id] = memory.named.damage
             self._save(request_id, advance.completed)
             if self._trace is not None:
                 for event in advance.events:
