@@ -9,8 +9,8 @@ Patches, each with its reason and the change in vLLM that would make it needless
 * ``GPUModelRunner.execute_model`` (V1 and V2) takes the plan off the scheduler's output, and
   V1's ``_model_forward`` begins the memory's step once the batch is laid out. (V2 has a hook for
   the latter: the model state.) Until a runner passes extra scheduler output to the model.
-* ``EngineCore.memlong_stats``: a new utility method, for the HTTP route. Until schedulers can
-  answer utility calls themselves.
+* ``EngineCore.memlong_stats`` and ``memlong_memory``: new utility methods, for the HTTP routes.
+  Until schedulers can answer utility calls themselves.
 * ``AsyncLLM._add_streaming_input_request``: refuses a session before it reaches the engine, which
   would otherwise take each later piece for a request of its own. Until sessions are supported.
 """
@@ -47,6 +47,7 @@ def apply() -> None:
     _patch_v2_runner()
     _patch_streaming_input()
     EngineCore.memlong_stats = lambda self: self.scheduler.memory_stats()
+    EngineCore.memlong_memory = lambda self, operation, arguments: self.scheduler.memory_operation(operation, arguments)
     _applied = True
 
 

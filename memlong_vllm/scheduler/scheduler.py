@@ -24,6 +24,7 @@ from memlong_vllm.memories.errors import MemoryLibraryError
 from memlong_vllm.memories.index import IndexFactoryError
 from memlong_vllm.memories.memory_format import PROBE_TEXT
 from memlong_vllm.memories.names import tenant_folder
+from memlong_vllm.memories.operations import perform
 from memlong_vllm.plan import StepPlan
 from memlong_vllm.request_settings import RequestSettings, RequestSettingsError
 from memlong_vllm.retriever.embedder import load_embedder
@@ -384,6 +385,9 @@ class MemLongScheduler(Scheduler):
         of_rank = {"window_kv": window_kv, **memory_bytes(self.vllm_config)}
         indexes = sum(memory.retriever.num_index_bytes for memory in self._memories.values())
         return {f"bytes_{name}": size for name, size in (of_rank | {"index": indexes}).items()}
+
+    def memory_operation(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return perform(self._named.library, operation, arguments)
 
     def shutdown(self) -> None:
         self._named.shutdown()
