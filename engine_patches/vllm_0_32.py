@@ -58,7 +58,9 @@ def _patch_request_validation() -> None:
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_memlong(self) and isinstance(params, SamplingParams):
             memory, deployment = resolve(self.model_config.hf_config, self.vllm_config.additional_config)
-            RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
+            settings = RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
+            if settings.memory_write is not None and params.n > 1:
+                raise ValueError("memory_write: n must be 1, or the prompt would be written several times")
         return original(self, params, *args, **kwargs)
 
     InputProcessor._validate_params = _validate_params

@@ -91,10 +91,11 @@ class RequestSettings:
         memory_size = config.memory_size if self.memory_size is None else self.memory_size
         return replace(config, memory_size=memory_size, top_k=self.top_k or config.top_k)
 
-    def salt(self, cache_salt: str | None, versions: tuple[str, ...] = ()) -> str | None:
+    def salt(self, cache_salt: str | None, secret: str, versions: tuple[str, ...] = ()) -> str | None:
         """What keeps this request's blocks apart from those computed with another memory.
 
         Args:
+            secret: of the engine, so that no client can send such a salt.
             versions: of the memories read, which say what is in them.
 
         Returns:
@@ -102,4 +103,4 @@ class RequestSettings:
         """
         if self.memory_size is None and self.top_k is None and not self.memory_read:
             return cache_salt
-        return json.dumps([cache_salt, self.memory_size, self.top_k, versions])
+        return secret + json.dumps([cache_salt, self.memory_size, self.top_k, versions])

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 
 def use_v2_runner() -> None:
@@ -19,6 +20,32 @@ def use_v2_runner() -> None:
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
+
+
+def check_sharing(engine: Any, reference: Any, tokens: list[int]) -> list[dict[str, float]]:
+    """A request that takes over a prefix, and one that reads what another wrote."""
+    import torch
+
+    text, options = tokens[:300], {"prompt_logprobs": None}
+    engine.add(text, max_tokens=1, extra_args={"memory_write": "book"}, **options)
+    engine.run()
+    hit = engine.add(text + tokens[400:430], max_tokens=20, **options)
+    read = engine.add(tokens[600:650], max_tokens=20, extra_args={"memory_read": "book"}, **options)
+    outputs = engine.run()
+    assert outputs[hit].num_cached_tokens >= 256
+    rows = []
+    for request, named in ((hit, []), (read, [reference.memorize(text)])):
+        prompt, completion = outputs[request].prompt_token_ids, outputs[request].outputs[0]
+        answer = list(completion.token_ids)
+        entries = zip(completion.logprobs, answer, strict=True)
+        measured = torch.tensor([entry[token].logprob for entry, token in entries])
+        row = {}
+        for key, with_memory in (("with", True), ("without", False)):
+            logits = reference.logits(prompt + answer, len(prompt), with_memory, named=named if with_memory else [])
+            expected = logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(answer)), answer]
+            row[key] = (measured - expected).abs().max().item()
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -61,6 +88,7 @@ def main() -> None:
         rows.append(
             {"with": (measured - expected).abs().max().item(), "without": (measured - without).abs().max().item()}
         )
+    rows += check_sharing(engine, reference, tokenizer(novel()[30000:50000])["input_ids"])
     if in_process:
         assert preempted
         engine.assert_empty()

@@ -20,7 +20,7 @@ def check(model: Path, tmp_path: Path, *arguments: str, environment: dict[str, s
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = json.loads(result.stdout.strip().splitlines()[-1])
     differences = [row for row in rows if "with" in row]
-    assert len(differences) == 3
+    assert len(differences) == 5
     for row in differences:
         assert row["with"] <= 1e-5
         assert row["without"] > 1e-3

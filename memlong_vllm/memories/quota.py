@@ -43,7 +43,9 @@ class Usage:
             QuotaExceededError: with the numbers.
         """
         if self.num_names + more_names > quota.max_names:
-            raise QuotaExceededError(f"the quota of names is used up: there are {self.num_names} memories and {quota.max_names} are allowed")
+            held = f"there are {self.num_names} memories and {quota.max_names} are allowed"
+            raise QuotaExceededError(f"the quota of names is used up: {held}")
         if self.num_bytes + more_bytes > quota.max_bytes:
             held = f"{self.num_bytes} bytes are in use ({self.reserved} of them reserved by writes under way)"
-            raise QuotaExceededError(f"{more_bytes} more bytes exceed the quota: {held} and {quota.max_bytes} are allowed")
+            held += f" and {quota.max_bytes} are allowed"
+            raise QuotaExceededError(f"{more_bytes} more bytes exceed the quota: {held}")

@@ -27,6 +27,8 @@ from memlong_vllm.scheduler.slots import Chunk, SlotPool
 
 logger = logging.getLogger(__name__)
 
+_SHUTDOWN_TIMEOUT_S = 10.0
+
 
 @dataclass
 class NamedUse:
@@ -214,6 +216,7 @@ class NamedMemories:
             return False
         size = self._chunk_size
         tokens = np.asarray(token_ids[: use.num_saved * size], dtype=np.int32).reshape(-1, size)
+        self._commits = {key: commit for key, commit in self._commits.items() if not commit.done()}
         commit = self._committer.submit(self._commit, write, tokens, embeddings, use.shards)
         self._commits[write.tenant, write.name] = commit
         return True
@@ -251,7 +254,8 @@ class NamedMemories:
 
     def shutdown(self) -> None:
         """Finish the writes of requests that have ended, as far as that takes little time."""
-        self._builder.shutdown(cancel_futures=True)
-        self._committer.shutdown()
+        self.flush(_SHUTDOWN_TIMEOUT_S)
+        self._builder.shutdown(wait=False, cancel_futures=True)
+        self._committer.shutdown(wait=False, cancel_futures=True)
         if self._library is not None:
             self._library.close()

@@ -42,7 +42,7 @@ class RequestMemory:
     def writes_named(self) -> bool:
         return self.settings.memory_write is not None
 
-    def address(self, request: Any) -> None:
+    def address(self, request: Any, secret: str) -> None:
         """Give the request's blocks and segments their addresses.
 
         What a request asked for changes what is computed above the memory layer, so it enters
@@ -50,9 +50,10 @@ class RequestMemory:
 
         Args:
             request: vLLM's ``Request``.
+            secret: the engine's; see :meth:`RequestSettings.salt`.
         """
         versions = self.named.versions if self.named is not None else ()
-        salt = self.settings.salt(request.cache_salt, versions)
+        salt = self.settings.salt(request.cache_salt, secret, versions)
         self.is_addressed = True
         if salt != request.cache_salt:
             request.cache_salt = salt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 import time
 from dataclasses import fields
 from functools import partial
@@ -19,7 +20,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from memlong_vllm.config import bank_slots, memory_bytes, request_limits, resolve
+from memlong_vllm.config import bank_slots, request_limits, resolve
 from memlong_vllm.memories.errors import MemoryLibraryError
 from memlong_vllm.memories.index import IndexFactoryError
 from memlong_vllm.memories.memory_format import PROBE_TEXT
@@ -37,6 +38,7 @@ from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 from memlong_vllm.scheduler.prefix_cache import PrefixCache, PrefixHit
 from memlong_vllm.scheduler.request_memory import RequestMemory
 from memlong_vllm.scheduler.sequence_retriever import SequenceRetriever
+from memlong_vllm.scheduler.stats import bytes_by_kind, usage
 from memlong_vllm.scheduler.trace import RetrievalTrace
 
 logger = init_logger(__name__)
@@ -70,6 +72,7 @@ class MemLongScheduler(Scheduler):
         self._memories: dict[str, RequestMemory] = {}
         self._failures: dict[str, str] = {}
         self._hits: dict[str, PrefixHit] = {}
+        self._secret = secrets.token_hex(16)
         self._is_admission_closed = False
         self._trace = RetrievalTrace(deployment.trace_file) if deployment.trace_file else None
         retriever = self._memory.retriever
@@ -101,7 +104,7 @@ class MemLongScheduler(Scheduler):
             return
         try:
             memory = self._make_memory(request)
-        except (RequestSettingsError, MemoryLibraryError) as error:
+        except (RequestSettingsError, MemoryLibraryError, OSError) as error:
             self._failures[request.request_id] = str(error)
             return
         self._memories[request.request_id] = memory
@@ -132,7 +135,7 @@ class MemLongScheduler(Scheduler):
         named = self._named.begin(settings, tenant, max_tokens // config.chunk_size)
         memory = RequestMemory(settings, config, retriever, named)
         if not reads:
-            memory.address(request)
+            memory.address(request, self._secret)
         return memory
 
     def _max_tokens(self, request: Request) -> int:
@@ -180,9 +183,11 @@ class MemLongScheduler(Scheduler):
         self._collect_failures()
         self.ledger.free_retired()
         num_holds = self.counters.holds
-        ready = [request for request in self.running if self._is_ready(request, request.num_computed_tokens)]
+        ready = []
         for request in self.running:
-            if request not in ready:
+            if self._is_ready(request, request.num_computed_tokens):
+                ready.append(request)
+            else:
                 # Skips the request in this step only (checked in Scheduler.schedule).
                 request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
         self._is_admission_closed = self._make_room(ready)
@@ -219,14 +224,14 @@ class MemLongScheduler(Scheduler):
             )
             for request in ready
         }
-        was_short = False
-        while len(self.running) > 1 and sum(needs.values()) > self.ledger.pool.num_available:
+        needed, was_short = sum(needs.values()), False
+        while len(self.running) > 1 and needed > self.ledger.pool.num_available:
             was_short = True
             self.counters.preemptions += 1
             victim = self._choose_victim()
             self.running.remove(victim)
             self._preempt_request(victim, time.monotonic())
-            needs.pop(victim.request_id, None)
+            needed -= needs.pop(victim.request_id, 0)
         return was_short
 
     def _choose_victim(self) -> Request:
@@ -267,7 +272,7 @@ class MemLongScheduler(Scheduler):
         except (MemoryLibraryError, IndexFactoryError) as error:
             self._failures[request.request_id] = str(error)
             return False
-        memory.address(request)
+        memory.address(request, self._secret)
         return True
 
     def _fits(self, request: Request, memory: RequestMemory, hit: PrefixHit) -> bool:
@@ -358,33 +363,17 @@ class MemLongScheduler(Scheduler):
         self._failures.clear()
 
     def memory_stats(self) -> dict[str, float]:
-        """What is in use now (zero while no request is alive), capacities, and what was done."""
-        pool, slots = self.kv_cache_manager.block_pool, self.ledger.pool
-        num_running, num_waiting = self.get_request_counts()
+        """What is in use now, capacities, and what was done since the start."""
+        index_bytes = sum(memory.retriever.num_index_bytes for memory in self._memories.values())
         return {
-            "running": num_running,
-            "waiting": num_waiting,
+            **usage(self),
             "sequences": len(self._memories),
-            "slots_used": slots.num_slots - slots.num_available,
-            "slots_kept": slots.num_kept,
-            "slots_total": slots.num_slots,
-            # One block is vLLM's placeholder for positions without a block.
-            "kv_blocks_used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
-            "kv_blocks_total": pool.num_gpu_blocks - 1,
             "pending_embeddings": self._service.num_pending(),
-            "slot_evictions": slots.num_evictions,
-            **self._bytes(),
+            **bytes_by_kind(self, index_bytes),
             **self.counters.as_dict(),
             **self._service.counters_as_dict(),
             **self._named.stats(),
         }
-
-    def _bytes(self) -> dict[str, float]:
-        """Bytes by kind: of each rank's keys and values, and of the embeddings in this process."""
-        window_kv = sum(tensor.size for tensor in self.kv_cache_config.kv_cache_tensors)
-        of_rank = {"window_kv": window_kv, **memory_bytes(self.vllm_config)}
-        indexes = sum(memory.retriever.num_index_bytes for memory in self._memories.values())
-        return {f"bytes_{name}": size for name, size in (of_rank | {"index": indexes}).items()}
 
     def memory_operation(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return perform(self._named.library, operation, arguments)
