@@ -63,12 +63,15 @@ def test_a_write_under_way_shows(library: MemoryLibrary) -> None:
     write = library.begin_write("default", "a", 1)
     new = library.begin_write("default", "new", 1)
     assert ask(library, "show", tenant="default", name="a")["is_busy"] is True
+    shown = ask(library, "show", tenant="default", name="new")
+    assert (shown["num_chunks"], shown["is_busy"]) == (0, True)
     assert ask(library, "missing", tenant="default", names=["a", "new", "c"]) == {"missing": ["c"]}
     assert ask(library, "missing", tenant=OTHER, names=["a", "new"]) == {"missing": ["a", "new"]}
     write.abandon()
     new.abandon()
     assert ask(library, "show", tenant="default", name="a")["is_busy"] is False
     assert ask(library, "missing", tenant="default", names=["new"]) == {"missing": ["new"]}
+    assert ask(library, "show", tenant="default", name="new")["kind"] == "UnknownMemoryError"
 
 
 def test_a_damaged_memory_is_shown_with_the_reason(library: MemoryLibrary) -> None:

@@ -38,6 +38,11 @@ GAUGES = {
     "kv_blocks_total": "Blocks of the KV cache.",
     "pending_embeddings": "Texts waiting to be embedded.",
     "largest_embedding_batch": "Texts in the largest batch embedded so far.",
+    "bytes_window_kv": "Bytes of each rank's KV cache.",
+    "bytes_bank": "Bytes of each rank's bank.",
+    "bytes_working_set": "Bytes of each rank's retrieved keys and values of decoding requests.",
+    "bytes_staging": "Bytes of each rank's retrieved keys and values of prefills.",
+    "bytes_index": "Bytes of the embeddings that running requests search.",
     "named_chunks_resident": "Chunks of named memories in the bank.",
 }
 

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from memlong_vllm.memories.errors import MemoryLibraryError
+from memlong_vllm.memories.catalogue import MemoryInfo
+from memlong_vllm.memories.errors import MemoryLibraryError, UnknownMemoryError
 from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.tickets import Work
 
@@ -87,17 +88,24 @@ def _show(library: MemoryLibrary, arguments: Arguments) -> Answer:
 
 def describe(library: MemoryLibrary, tenant: str, name: str) -> Answer:
     """A memory: the fields of ``MemoryInfo``; whether a write is under way; and if its manifest
-    can be read, its index, its parts in the order they were written, and what made it.
+    can be read, its index, its parts in the order they were written, and what made it. One that
+    is still to be made by a write under way has no chunks.
 
     Raises:
         UnknownMemoryError: if there is none.
     """
-    info = library.info(tenant, name)
-    answer = asdict(info) | {"is_busy": library.is_written(tenant, name)}
+    is_busy = library.is_written(tenant, name)  # Before the rest: what ends now is then seen there.
+    try:
+        info = library.info(tenant, name)
+    except UnknownMemoryError:
+        if not is_busy:
+            raise
+        info = MemoryInfo(name, 0, 0, 0, 0.0, 0.0, None)
+    answer = asdict(info) | {"is_busy": is_busy}
     try:
         manifest = library.manifest(tenant, name)
     except MemoryLibraryError:
-        return answer  # info.error says why.
+        return answer  # The info says why.
     made = {key: value for key, value in asdict(manifest.format).items() if key != "probe"}
     parts = [
         {"num_chunks": part.num_chunks, "num_bytes": sum(file.num_bytes for file in part.files())}
