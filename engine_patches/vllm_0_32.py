@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -30,10 +31,14 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from engine_patches.vllm_0_32_config import MemLongEngineConfig
 from memlong_vllm.config import ARCHITECTURE, request_limits, resolve
-from memlong_vllm.request_settings import RequestSettings
+from memlong_vllm.request_settings import RequestSettings, RequestSettingsError
 from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 
 _applied = False
+
+
+class BadRequestError(RequestSettingsError, VLLMClientError):
+    """As vLLM's server wants it: a ValueError raised so late is answered with 500, this with 400."""
 
 
 def apply() -> None:
@@ -57,13 +62,20 @@ def _patch_request_validation() -> None:
     @functools.wraps(original)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_memlong(self) and isinstance(params, SamplingParams):
-            memory, deployment = resolve(self.model_config.hf_config, self.vllm_config.additional_config)
-            settings = RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
-            if settings.memory_write is not None and params.n > 1:
-                raise ValueError("memory_write: n must be 1, or the prompt would be written several times")
+            try:
+                _check_settings(self.vllm_config, params)
+            except RequestSettingsError as error:
+                raise BadRequestError(str(error)) from error
         return original(self, params, *args, **kwargs)
 
     InputProcessor._validate_params = _validate_params
+
+
+def _check_settings(vllm_config: Any, params: SamplingParams) -> None:
+    memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+    settings = RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
+    if settings.memory_write is not None and params.n > 1:
+        raise RequestSettingsError("memory_write: n must be 1, or the prompt would be written several times")
 
 
 def _is_memlong(runner: Any) -> bool:
