@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +85,7 @@ class FolderMemories:
         if self._model is None:
             raise MemoryLibraryError("importing computes with the model: give --model DIR, or --url of a server")
         if self._llm is None:
+            os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # What is printed may be JSON.
             from vllm import LLM
 
             settings = {"memlong": {"memory_dir": str(self._folder)}}
