@@ -243,3 +243,22 @@ def test_a_damaged_memory_fails_its_readers_only(
     assert shard.name in outputs[bad].outputs[0].stop_reason
     assert outputs[good].outputs[0].finish_reason == "length"
     engine.assert_empty()
+
+
+def test_a_writer_whose_forgotten_chunks_fill_the_bank_is_admitted(
+    start_engine: Any, checkpoints: Any, tokens: list[int], tmp_path: Path
+) -> None:
+    """Taking a prefix over would hold more slots than there are, so it is computed again."""
+    model = checkpoints.memlong(memory_size=128)
+    slots = 8 + 9 + 20
+    engine = start(
+        start_engine, model, tmp_path / "memories", {"bank_gib": slots * CHUNK_BYTES / 2**30},
+        max_num_batched_tokens=128, max_model_len=640,
+    )  # fmt: skip
+    text = tokens[:560]
+    engine.add(text, prompt_logprobs=None, max_tokens=1)
+    engine.run()
+    write(engine, "all", text)
+    assert engine.scheduler._named.flush(60)
+    assert engine.scheduler._named.library.info("default", "all").num_chunks == 560 // 16
+    engine.assert_empty()

@@ -37,11 +37,15 @@ class PrefixCache:
 
     Args:
         kv_cache_manager: vLLM's ``KVCacheManager``.
+
+    Attributes:
+        nothing: the hit of a request that takes nothing over.
     """
 
     def __init__(self, kv_cache_manager: Any, ledger: Ledger) -> None:
         self._manager = kv_cache_manager
         self._ledger = ledger
+        self.nothing = PrefixHit(0, kv_cache_manager.empty_kv_cache_blocks, None)
         self._limit_blocks()
 
     def _limit_blocks(self) -> None:
@@ -65,9 +69,8 @@ class PrefixCache:
             keys: addresses of the segments that may be shared.
             every_chunk: forgotten chunks must still be resident.
         """
-        nothing = PrefixHit(0, self._manager.empty_kv_cache_blocks, None)
         if not self._manager.prefix_cache_lookup_enabled(request):
-            return nothing
+            return self.nothing
         lengths = self._ledger.find_prefix(config, keys, every_chunk)
         stride = config.retrieval_stride
         while lengths:
@@ -78,4 +81,4 @@ class PrefixCache:
                 prefix = self._ledger.prefix(config, keys[: lengths[-1]], every_chunk)
                 return PrefixHit(num_tokens, self._manager.create_kv_cache_blocks(blocks), prefix)
             lengths = [length for length in lengths if length * stride <= num_tokens]
-        return nothing
+        return self.nothing

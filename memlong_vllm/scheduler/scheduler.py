@@ -249,6 +249,9 @@ class MemLongScheduler(Scheduler):
         if memory is None or self._is_admission_closed or not self._open_named(request, memory):
             return False
         hit = self._prefix_cache.find(request, memory.config, memory.keys, every_chunk=memory.writes_named)
+        if hit.prefix is not None and hit.prefix.forgotten and not self._fits(request, memory, hit):
+            # Forgotten chunks are held for a moment beside what the request may need alone.
+            hit = self._prefix_cache.nothing
         if not self._is_ready(request, hit.num_tokens):
             return False
         if not self._fits(request, memory, hit):
