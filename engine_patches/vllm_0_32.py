@@ -9,8 +9,8 @@ Patches, each with its reason and the change in vLLM that would make it needless
 * ``GPUModelRunner.execute_model`` (V1 and V2) takes the plan off the scheduler's output, and
   V1's ``_model_forward`` begins the memory's step once the batch is laid out. (V2 has a hook for
   the latter: the model state.) Until a runner passes extra scheduler output to the model.
-* ``EngineCore.memlong_stats``: a new utility method, for the HTTP route. Until schedulers can
-  answer utility calls themselves.
+* ``EngineCore.memlong_stats`` and ``memlong_memory``: new utility methods, for the HTTP routes.
+  Until schedulers can answer utility calls themselves.
 * ``AsyncLLM._add_streaming_input_request``: refuses a session before it reaches the engine, which
   would otherwise take each later piece for a request of its own. Until sessions are supported.
 """
@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -30,10 +31,14 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from engine_patches.vllm_0_32_config import MemLongEngineConfig
 from memlong_vllm.config import ARCHITECTURE, request_limits, resolve
-from memlong_vllm.request_settings import RequestSettings
+from memlong_vllm.request_settings import RequestSettings, RequestSettingsError
 from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 
 _applied = False
+
+
+class BadRequestError(RequestSettingsError, VLLMClientError):
+    """As vLLM's server wants it: a ValueError raised so late is answered with 500, this with 400."""
 
 
 def apply() -> None:
@@ -47,6 +52,7 @@ def apply() -> None:
     _patch_v2_runner()
     _patch_streaming_input()
     EngineCore.memlong_stats = lambda self: self.scheduler.memory_stats()
+    EngineCore.memlong_memory = lambda self, operation, arguments: self.scheduler.memory_operation(operation, arguments)
     _applied = True
 
 
@@ -56,16 +62,23 @@ def _patch_request_validation() -> None:
     @functools.wraps(original)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_memlong(self) and isinstance(params, SamplingParams):
-            memory, deployment = resolve(self.model_config.hf_config, self.vllm_config.additional_config)
-            settings = RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
-            if settings.memory_write is not None and params.n > 1:
-                raise ValueError("memory_write: n must be 1, or the prompt would be written several times")
-            if settings.memory_write is not None and params.stop:
-                # The front end finds them, and all the engine hears of it is an abort.
-                raise ValueError("memory_write does not go with stop strings: use stop_token_ids or max_tokens")
+            try:
+                _check_settings(self.vllm_config, params)
+            except RequestSettingsError as error:
+                raise BadRequestError(str(error)) from error
         return original(self, params, *args, **kwargs)
 
     InputProcessor._validate_params = _validate_params
+
+
+def _check_settings(vllm_config: Any, params: SamplingParams) -> None:
+    memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+    settings = RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
+    if settings.memory_write is not None and params.n > 1:
+        raise RequestSettingsError("memory_write: n must be 1, or the prompt would be written several times")
+    if settings.memory_write is not None and params.stop:
+        # The front end finds them, and all the engine hears of it is an abort.
+        raise RequestSettingsError("memory_write does not go with stop strings: use stop_token_ids or max_tokens")
 
 
 def _is_memlong(runner: Any) -> bool:

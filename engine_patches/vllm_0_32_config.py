@@ -11,11 +11,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from memlong_vllm.config import UNSUPPORTED_ROPE, MemoryConfig, bank_slots, resolve
+from memlong_vllm.config import UNSUPPORTED_ROPE, DeploymentConfig, MemoryConfig, bank_slots, resolve
 
 logger = init_logger(__name__)
 
 SCHEDULER = "memlong_vllm.scheduler.scheduler.MemLongScheduler"
+ENDPOINTS = "memlong_endpoints"
 # The operations of memlong_vllm.retrieval_attention; that module cannot be imported so early.
 OPERATIONS = ("vllm::memlong_store", "vllm::memlong_scale_query", "vllm::memlong_retrieve")
 
@@ -28,7 +29,8 @@ class MemLongEngineConfig(VerifyAndUpdateConfig):
         """Raises:
         ValueError: naming a setting that cannot be served, and what to do instead.
         """
-        memory, _ = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+        memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+        _check_tenants(deployment)
         for unsupported, message in _refusals(vllm_config):
             if unsupported:
                 raise ValueError(f"MemLong does not support {message}")
@@ -79,6 +81,18 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         ),
         (bool(scheduler.async_scheduling), "asynchronous scheduling: remove --async-scheduling"),
     ]
+
+
+def _check_tenants(deployment: DeploymentConfig) -> None:
+    """Tenants are told apart by the middleware of the HTTP routes, which vLLM loads only by name."""
+    if deployment.tenant_keys is None and deployment.tenant_header is None:
+        return
+    if ENDPOINTS not in (envs.VLLM_PLUGINS or ()):
+        raise ValueError(
+            f"memlong.tenant_keys and tenant_header take effect only with VLLM_PLUGINS=memlong,{ENDPOINTS}"
+        )
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise ValueError("memlong.tenant_keys and tenant_header exclude VLLM_USE_RUST_FRONTEND, which has no plugins")
 
 
 def _check_retriever(memory: MemoryConfig, checkpoint: str) -> None:

@@ -3,8 +3,18 @@
 from importlib.metadata import version
 
 from memlong_vllm.config import ARCHITECTURE, MemLongConfig, MemoryConfig, RetrieverConfig
+from memlong_vllm.named import delete_memory, list_memories, memorize, memory_params
 
-__all__ = ["MemLongConfig", "MemoryConfig", "RetrieverConfig", "register"]
+__all__ = [
+    "MemLongConfig",
+    "MemoryConfig",
+    "RetrieverConfig",
+    "delete_memory",
+    "list_memories",
+    "memorize",
+    "memory_params",
+    "register",
+]
 __version__ = version("memlong-vllm")
 
 

@@ -98,3 +98,19 @@ def test_registering_twice_changes_nothing() -> None:
     patched = GPUModelRunner.execute_model
     memlong_vllm.register()
     assert GPUModelRunner.execute_model is patched
+
+
+@pytest.mark.parametrize("settings", [{"tenant_header": "X-Team"}, {"tenant_keys": "keys.json"}])
+def test_tenants_need_the_routes_that_tell_them_apart(
+    model: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    for plugins in (None, "memlong"):
+        if plugins is not None:
+            monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        with pytest.raises(ValueError, match="VLLM_PLUGINS=memlong,memlong_endpoints"):
+            config(model, additional_config={"memlong": settings})
+    monkeypatch.setenv("VLLM_PLUGINS", "memlong,memlong_endpoints")
+    config(model, additional_config={"memlong": settings})
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND"):
+        config(model, additional_config={"memlong": settings})

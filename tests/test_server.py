@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import socket
 import subprocess
@@ -20,17 +21,24 @@ from tests.checkpoints import novel
 
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
 OPTIONS += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-batched-tokens", "256", "--served-model-name", "tiny"]
-OPTIONS += ["--additional-config", '{"memlong": {"bank_gib": 0.1}}']
 START_DEADLINE_S = 300
 
 
 class Server:
-    def __init__(self, model: Path, log: Path, *arguments: str) -> None:
+    """``vllm serve`` in processes of its own.
+
+    Args:
+        log: file for what it prints.
+        memlong: deployment settings.
+    """
+
+    def __init__(self, model: Path, log: Path, *arguments: str, memlong: dict[str, Any] | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         command = [str(Path(sys.executable).parent / "vllm"), "serve", *arguments, "--trust-remote-code", *OPTIONS]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
+        command += ["--additional-config", json.dumps({"memlong": {"bank_gib": 0.1} | (memlong or {})})]
         environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         environment |= {"VLLM_PLUGINS": "memlong,memlong_endpoints"}
         self._log = log

@@ -28,6 +28,7 @@ from memlong_vllm.memories.pending import PendingWrite, new_token
 from memlong_vllm.memories.quota import Quota
 from memlong_vllm.memories.snapshot import Opening, OpenMemory
 from memlong_vllm.memories.store import MemoryStore, WriteFailure
+from memlong_vllm.memories.tickets import Tickets
 
 CLOSE_TIMEOUT_S = 10.0
 
@@ -39,6 +40,9 @@ class MemoryLibrary:
     methods are thread-safe. Those that take time return at once and go on on the library's own
     thread, but for :meth:`export_archive` and :meth:`import_archive`. Every method that takes a
     name raises MemoryNameError if it is not valid.
+
+    Attributes:
+        tickets: calls of methods that block, on threads of their own. :meth:`close` waits for them.
 
     Args:
         root: made if missing, unless ``read_only``.
@@ -58,6 +62,7 @@ class MemoryLibrary:
         self._quota, self._read_only = quota, read_only
         self._lock: int | None = None
         self._closed = False
+        self.tickets = Tickets()
         if not read_only:
             try:
                 make_folders(self._root)
@@ -90,10 +95,16 @@ class MemoryLibrary:
         self._closed = True
         self._store.background.flush(timeout)
         reason = MemoryWriteError("the memory library was closed")
-        has_ended = self._store.background.stop(reason, CLOSE_TIMEOUT_S)
+        has_ended = self.tickets.stop(CLOSE_TIMEOUT_S)
+        has_ended = self._store.background.stop(reason, CLOSE_TIMEOUT_S) and has_ended
         if has_ended and self._lock is not None:  # Else it may still write: the lock ends with the process.
             folders.unlock(self._lock)
             self._lock = None
+
+    @property
+    def format(self) -> MemoryFormat | None:
+        """The engine's, if there is one."""
+        return self._store.made
 
     def tenants(self) -> list[str]:
         """Folders of the tenants that have memories."""
@@ -117,6 +128,28 @@ class MemoryLibrary:
             if self._store.catalogue.find(key) is None:
                 raise UnknownMemoryError(f"there is no memory named '{name}'")
             return self._store.catalogue.info(key, self._store.made)
+
+    def is_known(self, tenant: str, name: str) -> bool:
+        """Whether there is a memory of this name, or a write that may make it."""
+        key = self._key(tenant, name)
+        with self._store.lock:
+            return self._store.catalogue.find(key) is not None or bool(self._store.catalogue.writes(key))
+
+    def is_written(self, tenant: str, name: str) -> bool:
+        """Whether a write to this name is under way."""
+        key = self._key(tenant, name)
+        with self._store.lock:
+            return bool(self._store.catalogue.writes(key))
+
+    def manifest(self, tenant: str, name: str) -> Manifest:
+        """What a memory consists of now; its files were not checked.
+
+        Raises:
+            UnknownMemoryError, MemoryDamagedError
+        """
+        key = self._key(tenant, name)
+        with self._store.lock:
+            return self._store.catalogue.get(key, None)
 
     def begin_write(self, tenant: str, name: str, max_chunks: int) -> PendingWrite:
         """Start to append to a memory, or to make it.

@@ -187,9 +187,12 @@ class NamedMemories:
             completed: {chunk id: slot}, ascending without gaps.
         """
         slots = tuple(slot for chunk_id, slot in completed.items() if chunk_id >= use.num_saved)
-        if use.write is None or use.write.is_done or not slots:  # Done: the memory was deleted meanwhile.
+        if use.write is None or use.write.is_done or not slots:
             return
-        path = use.write.new_shard_path()
+        try:
+            path = use.write.new_shard_path()
+        except MemoryWriteError:  # The memory was deleted meanwhile.
+            return
         self._saves.append(ChunkSave(slots, path))
         use.shards.append((path, len(slots)))
         use.num_saved += len(slots)

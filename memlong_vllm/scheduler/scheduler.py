@@ -23,6 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from memlong_vllm.config import bank_slots, request_limits, resolve
 from memlong_vllm.memories.memory_format import PROBE_TEXT
 from memlong_vllm.memories.names import tenant_folder
+from memlong_vllm.memories.operations import perform
 from memlong_vllm.plan import StepPlan
 from memlong_vllm.request_settings import RequestSettings, RequestSettingsError
 from memlong_vllm.retriever.embedder import load_embedder
@@ -381,6 +382,9 @@ class MemLongScheduler(Scheduler):
             **self._service.counters_as_dict(),
             **self._named.stats(),
         }
+
+    def memory_operation(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return perform(self._named.library, operation, arguments)
 
     def shutdown(self) -> None:
         self._named.shutdown()
