@@ -9,70 +9,38 @@ busy machine slows all of them alike. Reported are medians and the ratios of one
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from backbones import plain_backbone
+from engine_process import EngineProcess, is_engine_process, serve, tokens_of, write_result
 
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.demo_model import demo_checkpoint
 
-DOCUMENT = Path(__file__).parent.parent / "examples" / "data" / "doyle_lost_world.txt"
 
+def prepare(llm: Any) -> Callable[..., dict[str, float]]:
+    from vllm import SamplingParams
 
-class EngineProcess:
-    """One engine; measures on request."""
+    tokens = tokens_of(llm)
 
-    def __init__(self, model: Path, settings: dict[str, Any]) -> None:
-        command = [sys.executable, __file__, "--serve-measurements", str(model), json.dumps(settings)]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def measure(self, length: int, batch: int, max_tokens: int, offset: int) -> dict[str, float]:
-        request = {"length": length, "batch": batch, "max_tokens": max_tokens, "offset": offset}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError("the engine's process ended; its messages are above")
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def serve_measurements(model: str, settings: dict[str, Any]) -> None:
-    """Run an engine; answer each line of standard input with one measurement."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(model=model, **settings)
-    tokens = llm.get_tokenizer()(DOCUMENT.read_text(encoding="utf-8"))["input_ids"]
-    for line in sys.stdin:
-        request = json.loads(line)
+    def answer(length: int, batch: int, max_tokens: int, offset: int) -> dict[str, float]:
         timings = {}
         # Each measurement reads other stretches of the text, so no embedding is known beforehand.
-        for name, max_tokens, shift in (("prefill_s", 1, 0), ("total_s", request["max_tokens"], 5000)):
-            starts = [request["offset"] + shift + i * 997 for i in range(request["batch"])]
-            prompts = [{"prompt_token_ids": tokens[start : start + request["length"]]} for start in starts]
-            parameters = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        for name, num_tokens, shift in (("prefill_s", 1, 0), ("total_s", max_tokens, 5000)):
+            starts = [offset + shift + i * 997 for i in range(batch)]
+            prompts = [{"prompt_token_ids": tokens[start : start + length]} for start in starts]
+            parameters = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
             began = time.perf_counter()
             llm.generate(prompts, parameters, use_tqdm=False)
             timings[name] = time.perf_counter() - began
-        print(json.dumps(timings), flush=True)
+        return timings
+
+    return answer
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,30 +82,25 @@ def main() -> None:
             "full": plain_backbone(checkpoint, Path(folder) / "full"),
             "window": plain_backbone(checkpoint, Path(folder) / "window", window),
         }
-        engines = {name: EngineProcess(model, settings) for name, model in models.items()}
+        engines = {name: EngineProcess(__file__, model, settings) for name, model in models.items()}
         for length in arguments.lengths:
             for repetition in range(arguments.repetitions):
                 for name, engine in engines.items():
-                    timings = engine.measure(length, arguments.batch, arguments.max_tokens, 10_000 * repetition)
+                    timings = engine.ask(
+                        length=length,
+                        batch=arguments.batch,
+                        max_tokens=arguments.max_tokens,
+                        offset=10_000 * repetition,
+                    )
                     rows.append({"engine": name, "length": length, "batch": arguments.batch, **timings})
                     print(rows[-1], flush=True)
         for engine in engines.values():
             engine.stop()
-    result = {
-        "command": " ".join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
-        "versions": {name: version(name) for name in ("memlong-vllm", "vllm", "torch", "transformers")},
-        "machine": {"cores": os.cpu_count()},
-        "settings": settings,
-        "rows": rows,
-        "summary": summarise(rows),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["summary"], indent=2))
+    write_result(arguments.output, settings, rows, summarise(rows))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve-measurements"]:
-        serve_measurements(sys.argv[2], json.loads(sys.argv[3]))
+    if is_engine_process():
+        serve(prepare)
     else:
         main()

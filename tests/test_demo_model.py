@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memlong_vllm.cli.demo import NOVEL_QUESTIONS
 from memlong_vllm.demo_model import demo_checkpoint
 from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_parity
@@ -41,6 +42,45 @@ def test_parity(start_engine: Any, gated_demo: Path) -> None:
     for output in outputs:
         assert_parity(output, reference, 1e-3)
     engine.assert_empty()
+
+
+def prompt_end_sets(engine: Engine) -> list[list[int]]:
+    """Chunks that each prompt's end retrieved."""
+    return [line["chunk_ids"] for line in engine.trace() if line["kind"] == "prompt_end"]
+
+
+@pytest.mark.parametrize(("document_len", "num_questions"), [(2590, 2), pytest.param(8000, 3, marks=pytest.mark.slow)])
+def test_a_later_question_on_a_shared_document(
+    start_engine: Any, gated_demo: Path, document_len: int, num_questions: int
+) -> None:
+    """Served from the prefix cache, its answer is that of an engine that computes the whole prompt."""
+    options = {"max_model_len": document_len + 100, "max_num_batched_tokens": 2048, "max_num_seqs": 1,
+               "kv_cache_memory_bytes": 512 << 20, "memlong": {"bank_gib": 0.5}}  # fmt: skip
+    engine: Engine = start_engine(gated_demo, **options)
+    tokenizer = engine.llm.get_tokenizer()
+    document = tokenizer(novel()[5000:60000])["input_ids"][:document_len]
+    prompts = [document + tokenizer(f"\n\nQuestion: {text}\nAnswer:")["input_ids"] for text in NOVEL_QUESTIONS]
+    prompts = prompts[:num_questions]
+
+    def ask_one_by_one(engine: Engine, prompts: list[list[int]]) -> list[Any]:
+        sampling = {"max_tokens": 24, "logprobs": 10, "prompt_logprobs": None}
+        return [engine.generate([prompt], **sampling)[0] for prompt in prompts]
+
+    outputs = ask_one_by_one(engine, prompts)[1:]
+    engine.assert_empty()
+    sets = prompt_end_sets(engine)[1:]
+    engine = start_engine(gated_demo, enable_prefix_caching=False, **options)
+    cold_outputs = ask_one_by_one(engine, prompts[1:])
+    assert sets == prompt_end_sets(engine)
+    assert all(len(chunk_ids) == 8 for chunk_ids in sets)
+    for output, cold_output in zip(outputs, cold_outputs, strict=True):
+        assert output.num_cached_tokens > 0.8 * len(output.prompt_token_ids)
+        assert not cold_output.num_cached_tokens
+        answer, cold_answer = output.outputs[0], cold_output.outputs[0]
+        assert answer.token_ids == cold_answer.token_ids
+        for entry, cold_entry in zip(answer.logprobs, cold_answer.logprobs, strict=True):
+            for token in entry.keys() & cold_entry.keys():
+                assert abs(entry[token].logprob - cold_entry[token].logprob) <= 1e-3
 
 
 @pytest.mark.slow
