@@ -140,15 +140,13 @@ def test_what_is_never_retrieved_is_never_embedded(start_engine: Any, model: Pat
     engine.assert_empty()
 
 
-def test_settings_per_request_are_refused(start_engine: Any, model: Path, tokens: list[int]) -> None:
+def test_a_request_for_an_unknown_memory_fails_alone(start_engine: Any, model: Path, tokens: list[int]) -> None:
     engine: Engine = start_engine(model)
-    refused, served = (
-        engine.add(tokens[:100], extra_args={"memory_read": ["book"]}),
-        engine.add(tokens[:100], max_tokens=5),
-    )
+    refused = engine.add(tokens[:100], extra_args={"memory_read": ["book"]})
+    served = engine.add(tokens[:100], max_tokens=5)
     outputs = engine.run()
     assert outputs[refused].outputs[0].finish_reason == "error"
-    assert "memory_read" in outputs[refused].outputs[0].stop_reason
+    assert "no memory named 'book'" in outputs[refused].outputs[0].stop_reason
     assert outputs[served].outputs[0].finish_reason == "length"
     engine.assert_empty()
 
