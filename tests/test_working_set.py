@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.plan import ReadSpan, SequencePlan, StepPlan
-from memlong_vllm.scheduler.ledger import Ledger
+from memlong_vllm.scheduler.ledger import Found, Ledger
 from memlong_vllm.scheduler.segments import Retrieval
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.step_memory import StepMemory
@@ -196,15 +196,15 @@ class Steps:
 
     def arrive(self, request_id: str) -> None:
         """Also again, under an id that was used before."""
-        if request_id not in self.positions and self.ledger.can_open(80):
-            self.ledger.open(request_id, self.random.randint(1, 40), 80)
+        if request_id not in self.positions:
+            self.ledger.open(request_id, self.random.randint(1, 40))
             self.positions[request_id] = 0
 
     def leave(self, request_id: str) -> None:
         self.ledger.close(request_id)
         self.positions.pop(request_id, None)
 
-    def search(self, retrieval: Retrieval, eligible: list[int]) -> list[tuple[int, float]]:
+    def search(self, retrieval: Retrieval, eligible: list[int]) -> Found:
         found = self.random.sample(eligible, min(len(eligible), self.ledger.config.top_k))
         return [(chunk_id, 1.0) for chunk_id in found]
 
@@ -214,8 +214,10 @@ class Steps:
         for request_id in self.random.sample(sorted(self.positions), len(self.positions)):
             start = self.positions[request_id]
             end = min(80, start + self.random.choice([0, 1, 1, 1, self.random.randint(1, self.max_step)]))
+            if self.ledger.slots_to_advance(request_id, end - start) > self.ledger.pool.num_available:
+                continue  # The bank is full: it has to wait until another leaves.
             if end > start:
-                sequences.append(self.ledger.advance(request_id, start, end, self.search)[0])
+                sequences.append(self.ledger.advance(request_id, start, end, self.search).plan)
                 self.positions[request_id] = end
         for read in decode_reads(StepPlan(tuple(sequences))):
             self.retrievals.add(read.span.retrieval_id)
