@@ -22,6 +22,19 @@ def use_v2_runner() -> None:
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
 
 
+def check_output(output: Any, reference: Any) -> dict[str, Any]:
+    """How far a request's log-probabilities are from the reference's, with memory and without."""
+    from tests.engines import logprobs_of
+
+    tokens, measured = logprobs_of(output)
+    prompt_len = len(output.prompt_token_ids)
+    logits = reference.logits(tokens, prompt_len)
+    expected = logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]]
+    without = reference.logprobs(tokens, prompt_len, with_memory=False)
+    assert tokens[prompt_len:] == logits.argmax(-1)[prompt_len - 1 : -1].tolist()
+    return {"with": (measured - expected).abs().max().item(), "without": (measured - without).abs().max().item()}
+
+
 def check_sharing(engine: Any, reference: Any, tokens: list[int]) -> list[dict[str, float]]:
     """A request that takes over a prefix, and one that reads what another wrote."""
     import torch
@@ -58,7 +71,7 @@ def main() -> None:
         use_v2_runner()
     # Only now: the modules below import vLLM.
     from tests.checkpoints import novel
-    from tests.engines import Engine, Reference, logprobs_of
+    from tests.engines import Engine, Reference
 
     trace = Path(os.environ["TRACE_FILE"])
     engine = Engine(arguments.model, trace, **arguments.options)
@@ -77,17 +90,7 @@ def main() -> None:
 
     outputs = engine.run(preempt)
     reference = Reference(arguments.model)
-    rows = []
-    for output in outputs.values():
-        tokens, measured = logprobs_of(output)
-        prompt_len = len(output.prompt_token_ids)
-        logits = reference.logits(tokens, prompt_len)
-        expected = logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]]
-        without = reference.logprobs(tokens, prompt_len, with_memory=False)
-        assert tokens[prompt_len:] == logits.argmax(-1)[prompt_len - 1 : -1].tolist()
-        rows.append(
-            {"with": (measured - expected).abs().max().item(), "without": (measured - without).abs().max().item()}
-        )
+    rows = [check_output(output, reference) for output in outputs.values()]
     rows += check_sharing(engine, reference, tokenizer(novel()[30000:50000])["input_ids"])
     if in_process:
         assert preempted
