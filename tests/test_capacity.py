@@ -32,7 +32,7 @@ from memlong_vllm.capacity import (
 )
 from memlong_vllm.cli.convert import preset
 from memlong_vllm.cli.plan import SHAPES
-from memlong_vllm.config import GIB, MemLongConfig, MemoryConfig, max_sequence_slots
+from memlong_vllm.config import GIB, MemLongConfig, MemoryConfig, max_named_slots, max_sequence_slots
 from memlong_vllm.model import MemLongForCausalLM
 from tests.checkpoints import Checkpoints
 from tests.engines import Engine
@@ -117,7 +117,10 @@ def test_a_memlong_engine_holds_what_is_planned(
     planned = {c.name: c for c in plan(config, memory, setup)}["MemLong, bank on device"]
     assert setup.max_num_seqs is not None
     assert planned.sequence["bank"] == slots * slot_bytes(config, memory, setup)
-    assert planned.sequence["bank"] * setup.max_num_seqs == model_of(engine).step_memory.bank.num_bytes
+    # A bank that is not limited also has room for what named memories may bring in.
+    named = max_named_slots(memory, setup.context, setup.max_num_batched_tokens) * slot_bytes(config, memory, setup)
+    bank_bytes = (planned.sequence["bank"] + named) * setup.max_num_seqs
+    assert bank_bytes == model_of(engine).step_memory.bank.num_bytes
 
 
 def test_full_attention_is_vllms_own_figure(checkpoints: Checkpoints, start_engine: StartEngine) -> None:

@@ -288,7 +288,7 @@ def test_the_index_settings_are_part_of_the_state(library: MemoryLibrary) -> Non
     append(library, "a", 1)
     before = opened(library, "a")
     assert (before.index_factory, before.index_parameters) == ("Flat", {})
-    parameters: dict[str, str | int | float | bool] = {"nprobe": 8, "scale": 0.5, "exact": True, "metric": "ip"}
+    parameters: dict[str, str | int | float | bool] = {"nprobe": 8, "efSearch": 64}
     library.set_index("default", "a", "IVF16,Flat", parameters)
     append(library, "a", 2)
     with reopen(library) as again:
@@ -301,7 +301,19 @@ def test_the_index_settings_are_part_of_the_state(library: MemoryLibrary) -> Non
 
 @pytest.mark.parametrize(
     ("factory", "parameters"),
-    [("", {}), ("Flat\n", {}), (3, {}), ("Flat", []), ("Flat", {"a": None}), ("Flat", {"a": float("inf")})],
+    [
+        ("", {}),
+        ("Flat\n", {}),
+        (3, {}),
+        ("Flat", []),
+        ("Flat", {"a": None}),
+        ("Flat", {"a": float("inf")}),
+        ("Flat", {"a": 0.5}),
+        ("Flat", {"a": True}),
+        ("Flat", {"a": "4"}),
+        ("Flat", {"a": 0}),
+        ("Flat", {"a": 1 << 31}),
+    ],
 )
 def test_index_settings_of_other_types(library: MemoryLibrary, factory: object, parameters: object) -> None:
     append(library, "a", 1)

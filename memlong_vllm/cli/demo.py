@@ -86,6 +86,7 @@ class Run:
     peak_blocks: int = 0
     peak_slots: int = 0
     peak_tokens: int = 0
+    shared_tokens: int = 0
 
 
 # Preparing.
@@ -242,7 +243,10 @@ def record_peaks(run: Run, scheduler: Any) -> None:
     num_blocks = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # One is vLLM's null block.
     run.peak_blocks = max(run.peak_blocks, num_blocks)
     run.peak_slots = max(run.peak_slots, ledger.pool.num_slots - ledger.pool.num_available)
-    run.peak_tokens = max(run.peak_tokens, sum(request.num_computed_tokens for request in scheduler.requests.values()))
+    # Tokens that a sequence took over from another are held once, here and with full attention.
+    run.shared_tokens = scheduler.counters.prefix_hit_tokens
+    num_computed = sum(request.num_computed_tokens for request in scheduler.requests.values())
+    run.peak_tokens = max(run.peak_tokens, num_computed - run.shared_tokens)
 
 
 def num_prompt_tokens_computed(run: Run, scheduler: Any) -> int:
@@ -295,9 +299,10 @@ def print_measurements(run: Run, config: MemLongConfig) -> None:
     print(f"\nThe run: {len(run.questions)} sequences in one batch; memory at its peak")
     for name, num_bytes, note in rows:
         print(f"  {name:<16}{num_bytes / MIB:>9,.1f} MiB        {note}")
-    num_prompt_tokens = sum(len(question.token_ids) for question in run.questions.values())
+    num_prompt_tokens = sum(len(question.token_ids) for question in run.questions.values()) - run.shared_tokens
     print(f"  {'prefill':<16}{num_prompt_tokens / run.prompt_seconds:>9,.0f} tokens/s", end="")
     print(f"   {num_prompt_tokens:,} tokens in {run.prompt_seconds:.1f} s, embedding and retrieval included")
+    print(f"  {'':<35}and {run.shared_tokens:,} tokens taken over from the first prompt")
     if run.decode_seconds > 0:
         print(f"  {'decode':<16}{run.decode_tokens / run.decode_seconds:>9,.0f} tokens/s", end="")
         print(f"   {run.decode_tokens} tokens after the last prompt was computed")
