@@ -137,6 +137,7 @@ def test_bytes_are_known_before_and_loads_work_in_an_engine(
     assert torch.equal(memory.bank.values[:, 9], memory.bank.values[:, 2])
 
 
+@pytest.mark.slow
 def test_the_v2_runner_with_a_bank_in_host_memory(checkpoints: Any, tmp_path: Path) -> None:
     options = json.dumps({"memlong": {"bank_device": "cpu", "staging_tokens": 32}})
     rows = check(checkpoints.memlong(), tmp_path, "--v2", "--options", options)

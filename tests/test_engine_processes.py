@@ -27,7 +27,7 @@ def check(model: Path, tmp_path: Path, *arguments: str, environment: dict[str, s
     return rows
 
 
-@pytest.mark.parametrize("fusion", ["gated", "joint"])
+@pytest.mark.parametrize("fusion", ["gated", pytest.param("joint", marks=pytest.mark.slow)])
 def test_v2_runner(checkpoints: Any, tmp_path: Path, fusion: str) -> None:
     """The runner that is the default on GPUs, under Triton's interpreter; with a preemption."""
     rows = check(checkpoints.memlong(fusion=fusion), tmp_path, "--v2")
