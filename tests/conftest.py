@@ -14,13 +14,29 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import Checkpoints
-from tests.engines import Engine
+from tests.checkpoints import Checkpoints, novel
+from tests.engines import Engine, Reference
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def tokens(checkpoints: Checkpoints) -> list[int]:
+    """A novel in the checkpoints' tokens."""
+    return checkpoints.tokenizer(novel()[3000:200_000])["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def model(checkpoints: Checkpoints) -> Path:
+    return checkpoints.memlong()
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path) -> Reference:
+    return Reference(model)
 
 
 @pytest.fixture

@@ -13,18 +13,8 @@ from vllm import LLM, SamplingParams
 
 from memlong_vllm.config import RetrieverConfig
 from memlong_vllm.retriever.embedder import FlagEmbedder, RetrieverLoadError
-from tests.checkpoints import MEMORY, SHAPE, novel
+from tests.checkpoints import MEMORY, SHAPE
 from tests.engines import Engine, Reference, assert_parity
-
-
-@pytest.fixture(scope="module")
-def tokens(checkpoints: Any) -> list[int]:
-    return checkpoints.tokenizer(novel()[3000:200_000])["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def model(checkpoints: Any) -> Path:
-    return checkpoints.memlong()
 
 
 class FussyEmbedder(FlagEmbedder):

@@ -15,11 +15,6 @@ import engine_patches
 import memlong_vllm
 
 
-@pytest.fixture(scope="module")
-def model(checkpoints: Any) -> Path:
-    return checkpoints.memlong()
-
-
 def config(model: Path, **options: Any) -> Any:
     return EngineArgs(model=str(model), max_model_len=2048, **options).create_engine_config()
 

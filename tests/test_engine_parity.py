@@ -7,25 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_parity
 
 TINY = 1e-5
-
-
-@pytest.fixture(scope="module")
-def tokens(checkpoints: Any) -> list[int]:
-    return checkpoints.tokenizer(novel()[3000:40000])["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def model(checkpoints: Any) -> Any:
-    return checkpoints.memlong()
-
-
-@pytest.fixture(scope="module")
-def reference(model: Any) -> Reference:
-    return Reference(model)
 
 
 def ragged(tokens: list[int]) -> list[list[int]]:

@@ -8,27 +8,11 @@ from typing import Any
 import pytest
 from vllm import RequestOutput
 
-from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_answer
 
 TINY = 1e-5
 BLOCK = 32
 CHUNK_BYTES = 16 * 2 * 2 * 32 * 4
-
-
-@pytest.fixture(scope="module")
-def tokens(checkpoints: Any) -> list[int]:
-    return checkpoints.tokenizer(novel()[3000:200_000])["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def model(checkpoints: Any) -> Any:
-    return checkpoints.memlong()
-
-
-@pytest.fixture(scope="module")
-def reference(model: Any) -> Reference:
-    return Reference(model)
 
 
 def ask(engine: Engine, prompt: list[int], **sampling: Any) -> str:
