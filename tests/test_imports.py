@@ -194,6 +194,11 @@ def test_the_plan_needs_the_standard_library_only() -> None:
     assert found <= set(sys.stdlib_module_names)
 
 
+def test_linear_maps_need_torch_only() -> None:
+    """Training and measuring share them."""
+    assert set(map(top_level, imports("memlong_vllm.ridge"))) <= {"torch", "__future__"}
+
+
 @pytest.mark.parametrize("module", sorted(folder("memlong_vllm.reference")))
 def test_the_reference_imports_nothing_of_ours_from_outside(module: str) -> None:
     """It is copied into checkpoints, so what it imports of itself must be named relatively."""
