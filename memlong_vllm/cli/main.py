@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "convert": "make a MemLong checkpoint from a local Llama model",
     "demo": "serve a novel with a small real model and ask it questions",
+    "finetune": "train what reads from memory, and write it as an adapter",
     "memory": "list, import, export and delete named memories",
     "plan": "say how many sequences of a length a card can serve",
 }

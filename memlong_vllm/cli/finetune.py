@@ -1,0 +1,146 @@
+"""``memlong-vllm finetune``: train what reads from memory, and write it as an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
+from memlong_vllm.config import MemoryConfigError
+from memlong_vllm.retriever.embedder import RetrieverLoadError
+from memlong_vllm.training.documents import (
+    Document,
+    TextsError,
+    find_texts,
+    load_dataset_documents,
+    read_documents,
+)
+from memlong_vllm.training.finetune import FinetuneJob, finetune
+from memlong_vllm.training.recall_documents import RecallRecipe, recall_documents
+from memlong_vllm.training.run_state import ResumeError
+from memlong_vllm.training.settings import PRESETS, FinetuneSettings, SettingsError, with_overrides
+
+_ERRORS = (SettingsError, TextsError, ResumeError, RetrieverLoadError, MemoryConfigError, ModelArgumentError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="MemLong checkpoint to train (a folder), or demo")
+    parser.add_argument("--output", type=Path, required=True, help="adapter file to write (.safetensors)")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from; options override them")
+    parser.add_argument("--restart", action="store_true", help="forget an interrupted run with this output")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="where frozen features are kept (default: the user's cache folder)"
+    )
+    parser.add_argument("--retriever-path", help="folder of the retriever, if it is not where the checkpoint says")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    _add_data(parser.add_argument_group("data"))
+    _add_training(parser.add_argument_group("training"))
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument("--texts", nargs="+", default=[], metavar="GLOB", help="UTF-8 text files, one document each")
+    group.add_argument("--dataset", help="dataset with a text column: hub name or folder (needs the datasets package)")
+    group.add_argument("--dataset-split", default="train")
+    group.add_argument("--max-documents", type=int, default=1000, help="of --dataset")
+    group.add_argument("--valid", nargs="+", default=[], metavar="GLOB", help="validation texts")
+    group.add_argument("--document-tokens", type=int, help="tokens of each text that are used, from its beginning")
+    group.add_argument("--valid-tokens", type=int, default=16384, help="of each validation text")
+    group.add_argument(
+        "--recall-documents", type=int, default=0, help="documents of facts and questions, made of --texts"
+    )
+    group.add_argument("--recall-tokens", type=int, default=6144, help="length of a recall document")
+
+
+def _add_training(group: Any) -> None:
+    group.add_argument("--no-memory", dest="with_memory", action="store_false", default=None, help="train the control")
+    for name, kind in (
+        ("steps", int), ("rows", int), ("accumulation", int), ("segment-tokens", int), ("learning-rate", float),
+        ("memory-learning-rate", float), ("warmup-steps", int), ("weight-decay", float), ("max-grad-norm", float),
+        ("bias-start", float), ("calibrate-tokens", int), ("validate-every", int), ("save-every", int), ("seed", int),
+    ):  # fmt: skip
+        group.add_argument(f"--{name}", type=kind)
+    group.add_argument("--schedule", choices=("constant", "linear", "cosine"))
+    group.add_argument("--precision", choices=("bf16", "fp32"))
+    group.add_argument("--checkpointing", action="store_true", default=None, help="recompute activations (less memory)")
+    group.add_argument("--lora-rank", dest="rank", type=int)
+    group.add_argument("--lora-alpha", dest="alpha", type=float)
+    group.add_argument("--lora-dropout", dest="dropout", type=float)
+    group.add_argument("--lora-targets", dest="targets", type=_names, help="default q_proj,k_proj,v_proj,o_proj")
+    group.add_argument("--train-whole", dest="full", type=_names, help="norms,embeddings")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+_SETTINGS = (
+    "with_memory", "steps", "rows", "accumulation", "segment_tokens", "learning_rate", "memory_learning_rate",
+    "warmup_steps", "weight_decay", "max_grad_norm", "bias_start", "calibrate_tokens", "validate_every", "save_every",
+    "seed", "schedule", "precision", "checkpointing", "rank", "alpha", "dropout", "targets", "full",
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        start = PRESETS[arguments.preset] if arguments.preset else FinetuneSettings()
+        settings = with_overrides(start, {name: getattr(arguments, name) for name in _SETTINGS})
+        job = FinetuneJob(
+            resolve_model(arguments.model),
+            arguments.output,
+            arguments.cache_dir or _default_cache(),
+            arguments.retriever_path,
+            arguments.cpu,
+            arguments.restart,
+            {"command": shlex.join(["memlong-vllm", *sys.argv[1:]])},
+        )
+        finetune(job, settings, _Texts(arguments, settings, job.model))
+    except _ERRORS as error:
+        print(f"memlong-vllm finetune: {error}")
+        return 2
+    print(f"written to {job.output}; its log is {job.folder / 'log.jsonl'}")
+    print(f"merge it: memlong-vllm convert BASE OUT --adapter {job.output}")
+    return 0
+
+
+def _default_cache() -> Path:
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("memlong-vllm")) / "features"
+
+
+class _Texts:
+    """Makes the documents that the arguments name, once there is a tokenizer."""
+
+    def __init__(self, arguments: argparse.Namespace, settings: FinetuneSettings, model: Path) -> None:
+        if not arguments.texts and not arguments.dataset:
+            raise TextsError("nothing to train on: give --texts or --dataset")
+        self.arguments, self.settings, self.model = arguments, settings, model
+        self.texts, self.valid = find_texts(arguments.texts), find_texts(arguments.valid)
+
+    def __call__(self, tokenizer: Any) -> tuple[list[Document], list[Document]]:
+        arguments, least = self.arguments, self.settings.segment_tokens
+        train = read_documents(self.texts, tokenizer, arguments.document_tokens, least)
+        if arguments.dataset:
+            train += load_dataset_documents(
+                arguments.dataset, arguments.dataset_split, tokenizer, arguments.max_documents,
+                arguments.document_tokens, least,
+            )  # fmt: skip
+        if arguments.recall_documents:
+            train += self._recall(tokenizer, train)
+        return train, read_documents(self.valid, tokenizer, arguments.valid_tokens, least)
+
+    def _recall(self, tokenizer: Any, train: list[Document]) -> list[Document]:
+        from memlong_vllm.config import MemLongConfig
+
+        def encode(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        memory, recipe = MemLongConfig.from_pretrained(self.model).memory, RecallRecipe(self.arguments.recall_tokens)
+        proses = [(document.name, document.token_ids) for document in train]
+        try:
+            return recall_documents(proses, self.arguments.recall_documents, encode, memory, recipe, self.settings.seed)
+        except ValueError as error:
+            raise TextsError(str(error)) from error

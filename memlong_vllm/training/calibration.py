@@ -1,0 +1,102 @@
+"""Starts ``memory_adapter`` maps at the closed-form solution: stored [K;V] -> a layer's own K and V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+from memlong_vllm.ridge import RidgeAccumulator
+from memlong_vllm.training.features import DocumentFeatures
+from memlong_vllm.training.layer_stack import LayerStack
+
+RIDGE = 1e-3
+_KINDS = ("k_proj", "v_proj")
+
+
+@torch.no_grad()
+def calibrate(
+    model: MemLongForCausalLM,
+    documents: Sequence[DocumentFeatures],
+    num_tokens: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> dict[int, tuple[float, float]]:
+    """Fit the adapters of the retrieval layers above the memory layer, in place.
+
+    Args:
+        num_tokens: how many tokens to fit on, taken from the documents' beginnings in turn.
+
+    Returns:
+        By layer, the shares of variance that the maps for keys and for values explain.
+    """
+    memory, kv_size = model.config.memory, model.config.num_key_value_heads * model.config.head_dim
+    layers = [n for n in memory.retrieval_layers if n > memory.memory_layer]
+    if not layers:
+        return {}
+    sums = RidgeAccumulator(2 * kv_size, 2 * kv_size * len(layers))
+    stack = LayerStack(model, range(memory.memory_layer, layers[-1] + 1))
+    with _kept_outputs(model, layers) as made:
+        for features, piece in _pieces(documents, num_tokens, memory.local_window):
+            hidden = features.hidden[piece].to(model.device).float()[None]
+            with autocast():
+                stack(hidden, stack.empty(1, hidden))
+            stored = torch.cat([features.keys[piece], features.values[piece]], dim=-1)
+            sums.add(stored, torch.cat([made[n, kind][0] for n in layers for kind in _KINDS], dim=-1).cpu())
+    maps, explained = sums.fit(RIDGE), {}
+    for idx, layer in enumerate(layers):
+        keys, values = (slice((2 * idx + i) * kv_size, (2 * idx + i + 1) * kv_size) for i in range(2))
+        attention = model.model.layers[layer].self_attn
+        attention.memory_k_adapter.data.copy_(maps[keys])
+        attention.memory_v_adapter.data.copy_(maps[values])
+        explained[layer] = sums.r_squared(maps, keys), sums.r_squared(maps, values)
+    return explained
+
+
+def _pieces(
+    documents: Sequence[DocumentFeatures], num_tokens: int, window: int
+) -> Iterator[tuple[DocumentFeatures, slice]]:
+    """A window of each document, then the next window of each, until there are enough tokens."""
+    first, left = 0, num_tokens
+    while left > 0:
+        long_enough = [features for features in documents if features.hidden.shape[0] >= first + window]
+        if not long_enough:
+            return
+        for features in long_enough[: -(-left // window)]:
+            yield features, slice(first, first + window)
+            left -= window
+        first += window
+
+
+@contextmanager
+def _kept_outputs(model: MemLongForCausalLM, layers: Sequence[int]) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
+    """The last un-rotated keys and values that the layers made."""
+    made: dict[tuple[int, str], torch.Tensor] = {}
+
+    def keep(key: tuple[int, str]) -> Callable[..., None]:
+        return lambda module, inputs, output: made.update({key: output})
+
+    hooks = [
+        getattr(model.model.layers[n].self_attn, kind).register_forward_hook(keep((n, kind)))
+        for n in layers
+        for kind in _KINDS
+    ]
+    try:
+        yield made
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def is_fresh(model: MemLongForCausalLM) -> bool:
+    """Whether the adapters above the memory layer are the identity, as ``convert`` leaves them."""
+    memory = model.config.memory
+    if memory.memory_adapter is None:
+        return False
+    for layer in memory.retrieval_layers:
+        weights = model.model.layers[layer].self_attn
+        both = torch.cat([weights.memory_k_adapter, weights.memory_v_adapter]).float()
+        if layer > memory.memory_layer and not torch.equal(both, torch.eye(len(both), device=both.device)):
+            return False
+    return True

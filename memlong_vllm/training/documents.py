@@ -1,0 +1,102 @@
+"""The texts that a model is trained on."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class TextsError(ValueError):
+    """The training or validation texts cannot be used. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text in tokens; memory begins empty at its start.
+
+    Attributes:
+        name: for logs and provenance.
+        token_ids: the tokens.
+        loss_weights: one a token, how much predicting it counts; None: all count 1.
+    """
+
+    name: str
+    token_ids: tuple[int, ...]
+    loss_weights: tuple[float, ...] | None = None
+
+
+def find_texts(patterns: Sequence[str]) -> list[Path]:
+    """The files that the patterns match, sorted.
+
+    Raises:
+        TextsError: for a pattern without a file.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
+        if not matches:
+            raise TextsError(f"no file matches {pattern!r}")
+        found.update(matches)
+    return sorted(found)
+
+
+def read_documents(paths: Sequence[Path], tokenizer: Any, max_tokens: int | None, min_tokens: int) -> list[Document]:
+    """Each file as a document, from its beginning.
+
+    Args:
+        max_tokens: of a document; the rest is left out.
+        min_tokens: a shorter one is refused: nothing of it would be trained on.
+
+    Raises:
+        TextsError: for a file that is not UTF-8 or too short.
+    """
+    documents = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextsError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        documents.append(make_document(path.name, text, tokenizer, max_tokens, min_tokens))
+    return documents
+
+
+def load_dataset_documents(
+    name: str, split: str, tokenizer: Any, max_documents: int, max_tokens: int | None, min_tokens: int
+) -> list[Document]:
+    """The ``text`` column of a dataset of the ``datasets`` library: a hub name or a local folder.
+
+    Too short texts are passed over.
+
+    Raises:
+        TextsError: if the dataset cannot be loaded or has no such column.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split, streaming=True)
+        texts = (row["text"] for row in rows)
+        documents: list[Document] = []
+        for idx, text in enumerate(texts):
+            if len(documents) == max_documents:
+                break
+            try:
+                documents.append(make_document(f"{name}/{split}/{idx}", text, tokenizer, max_tokens, min_tokens))
+            except TextsError:
+                continue
+    except (OSError, ValueError, KeyError) as error:
+        raise TextsError(f"--dataset {name} (split {split}) has no usable 'text' column here: {error}") from error
+    if not documents:
+        raise TextsError(f"--dataset {name} (split {split}) has no text of {min_tokens} tokens")
+    return documents
+
+
+def make_document(name: str, text: str, tokenizer: Any, max_tokens: int | None, min_tokens: int) -> Document:
+    """Raises TextsError if the text is shorter than ``min_tokens``."""
+    # Far more characters than the tokens wanted, so that a long book is not tokenized in vain.
+    token_ids = tokenizer(text if max_tokens is None else text[: max_tokens * 12])["input_ids"][:max_tokens]
+    if len(token_ids) < min_tokens:
+        raise TextsError(f"{name} has {len(token_ids)} tokens; at least one segment ({min_tokens}) is needed")
+    return Document(name, tuple(token_ids))

@@ -1,0 +1,167 @@
+"""What the frozen half of a model makes of a text, computed once and kept on disk.
+
+Layers up to the memory layer do not change in training, nor does the retriever: hidden states,
+stored keys and values, embeddings and therefore the retrieved sets of a text are the same in every
+epoch and in every run with the same lower half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from memlong_vllm.memories.fingerprint import model_fingerprint
+from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+from memlong_vllm.reference.retrieval import AttendedSpan, SequenceMemory
+from memlong_vllm.training.documents import Document
+from memlong_vllm.training.layer_stack import LayerStack
+
+_PIECE_TOKENS = 2048  # Of a document at a time through the lower layers.
+_EMBED_BATCH = 32
+FORMAT = 1
+
+EmbedTexts = Callable[[list[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class DocumentFeatures:
+    """A document as the trained half sees it. T tokens, a whole number of retrieval strides.
+
+    Attributes:
+        document: the text.
+        hidden: [T, hidden_size], what goes into the memory layer.
+        keys, values: [T, R·d], un-rotated, of the memory layer.
+        spans: one a retrieval stride: chunk ids that its tokens attend to, ascending.
+    """
+
+    document: Document
+    hidden: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    spans: tuple[tuple[int, ...], ...]
+
+
+class FrozenHalf:
+    """The lower half of a checkpoint and its retriever, with a cache on disk.
+
+    Args:
+        checkpoint: the folder of ``model``.
+        model: its weights; layers below the memory layer are used as they are.
+        embed_texts: non-empty texts -> [len, dimension] float32, L2-normalised.
+        decode: token ids -> the text that the retriever embeds.
+        cache_dir: where results are kept; made if need be.
+        dtype: of what is kept.
+        autocast: a context manager's factory that sets the precision of the forward pass.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        model: MemLongForCausalLM,
+        embed_texts: EmbedTexts,
+        decode: Callable[[Sequence[int]], str],
+        cache_dir: Path,
+        dtype: torch.dtype,
+        autocast: Callable[[], torch.autocast],
+    ) -> None:
+        self.config = model.config.memory
+        self.model, self.stack = model, LayerStack(model, range(self.config.memory_layer))
+        self.embed_texts, self.decode = embed_texts, decode
+        self.cache_dir, self.dtype, self.autocast = cache_dir, dtype, autocast
+        lower = model_fingerprint(checkpoint, self.config.memory_layer)
+        self._lower_key = [FORMAT, lower, str(dtype), str(model.device)]
+        self._retriever_key = [FORMAT, asdict(self.config.retriever)]
+        cache_dir.mkdir(parents=True, exist_ok=True)
+
+    def features(self, document: Document) -> DocumentFeatures:
+        """Of a document's whole strides; the rest of its tokens is left out."""
+        stride = self.config.retrieval_stride
+        count = len(document.token_ids) // stride * stride
+        token_ids = document.token_ids[:count]
+        digest = hashlib.sha256(np.asarray(token_ids, np.int64).tobytes()).hexdigest()
+        lower = self._kept("lower", [*self._lower_key, digest], lambda: self._run_lower(token_ids))
+        spans = self._spans(token_ids, digest)
+        return DocumentFeatures(document, lower["hidden"], lower["keys"], lower["values"], spans)
+
+    def _kept(
+        self, kind: str, key: list[object], make: Callable[[], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        path = self.cache_dir / f"{kind}-{name}.safetensors"
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            save_file(make(), partial)
+            os.replace(partial, path)
+        return load_file(path)  # Mapped, not read: a document's pages come as they are used.
+
+    @torch.no_grad()
+    def _run_lower(self, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        model, stride = self.model, self.config.retrieval_stride
+        layer = model.model.layers[self.config.memory_layer]
+        parts: dict[str, list[torch.Tensor]] = {"hidden": [], "keys": [], "values": []}
+        piece = max(stride, _PIECE_TOKENS // stride * stride)
+        with self.autocast():
+            carried = None
+            for first in range(0, len(token_ids), piece):
+                ids = torch.tensor(token_ids[first : first + piece], device=model.device)
+                hidden = model.model.embed_tokens(ids)[None].float()
+                carried = self.stack.empty(1, hidden) if carried is None else carried
+                hidden, carried = self.stack(hidden, carried)
+                normed = layer.input_layernorm(hidden)
+                made = hidden, layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)
+                for kept, tensor in zip(parts.values(), made, strict=True):
+                    kept.append(tensor[0].to("cpu", self.dtype))
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+    def _spans(self, token_ids: Sequence[int], digest: str) -> tuple[tuple[int, ...], ...]:
+        """What each stride attends to. Sets depend on the text alone (section 2 of the semantics)."""
+        size, stride = self.config.chunk_size, self.config.retrieval_stride
+        settings = [self.config.top_k, self.config.memory_size, self.config.local_window, stride, size]
+        settings += [self.config.query_tokens, self.config.query_scope]
+        key = [*self._retriever_key, *settings, digest]
+        kept = self._kept("spans", key, lambda: {"chunk_ids": self._retrieve(token_ids, digest)})["chunk_ids"]
+        return tuple(tuple(chunk for chunk in row if chunk >= 0) for row in kept.tolist())
+
+    def _retrieve(self, token_ids: Sequence[int], digest: str) -> torch.Tensor:
+        """[strides, top_k] chunk ids, -1 where there are fewer."""
+        size, stride = self.config.chunk_size, self.config.retrieval_stride
+        chunks = [tuple(token_ids[c : c + size]) for c in range(0, len(token_ids) - size + 1, size)]
+        key = [*self._retriever_key, size, digest]
+        vectors = self._kept("vectors", key, lambda: {"chunks": self._embed(chunks)})["chunks"]
+        known = dict(zip(chunks, vectors, strict=True))
+
+        def embed(ids: list[int]) -> torch.Tensor:
+            if tuple(ids) not in known:
+                known[tuple(ids)] = self._embed([tuple(ids)])[0]
+            return known[tuple(ids)]
+
+        spans = SequenceMemory(self.config, embed).extend(token_ids)
+        rows = torch.full((len(token_ids) // stride, self.config.top_k), -1, dtype=torch.int32)
+        for span in spans:
+            _fill(rows, span, stride)
+        return rows
+
+    def _embed(self, chunks: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """[chunks, dimension]; zeros for an empty text."""
+        texts = [self.decode(chunk) for chunk in chunks]
+        batch = 1 if self.model.device.type == "cpu" else _EMBED_BATCH
+        instruction = self.config.retriever.query_instruction or ""
+        made = [
+            torch.as_tensor(self.embed_texts([instruction + (text or " ") for text in texts[first : first + batch]]))
+            for first in range(0, len(texts), batch)
+        ]
+        empty = torch.tensor([text == "" for text in texts])
+        return torch.cat(made).masked_fill(empty[:, None], 0.0)
+
+
+def _fill(rows: torch.Tensor, span: AttendedSpan, stride: int) -> None:
+    for row in range(span.start // stride, -(-span.end // stride)):
+        rows[row, : len(span.chunk_ids)] = torch.tensor(span.chunk_ids, dtype=torch.int32)

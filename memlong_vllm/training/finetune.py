@@ -1,0 +1,228 @@
+"""A fine-tuning run from a checkpoint and texts to an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from memlong_vllm.adapters.adapter import Adapter, LoraSettings
+from memlong_vllm.adapters.adapter_file import save_adapter
+from memlong_vllm.adapters.base_identity import BaseIdentity, backbone_identity
+from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+from memlong_vllm.retriever.embedder import load_embedder
+from memlong_vllm.training.calibration import calibrate, is_fresh
+from memlong_vllm.training.documents import Document
+from memlong_vllm.training.features import DocumentFeatures, FrozenHalf
+from memlong_vllm.training.run_state import RunFolder
+from memlong_vllm.training.settings import FinetuneSettings
+from memlong_vllm.training.trainable import half_precision, learned_tensors, select_trained
+from memlong_vllm.training.trainer import Trainer, make_accelerator
+from memlong_vllm.training.validation import Validation
+
+VERSIONS_OF = ("memlong-vllm", "torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What a run reads and writes.
+
+    Attributes:
+        model: folder of a MemLong checkpoint.
+        output: the adapter file to write; the run's folder is ``output`` with ``.run`` appended.
+        cache_dir: of frozen features.
+        retriever_path: in place of the checkpoint's retriever.
+        cpu: use the CPU even where there is a GPU.
+        restart: forget an interrupted run with this output.
+        notes: put into the adapter's metadata as they are.
+    """
+
+    model: Path
+    output: Path
+    cache_dir: Path
+    retriever_path: str | None = None
+    cpu: bool = False
+    restart: bool = False
+    notes: dict[str, Any] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.output.with_name(self.output.name + ".run")
+
+
+def finetune(
+    job: FinetuneJob,
+    settings: FinetuneSettings,
+    make_documents: Callable[[Any], tuple[list[Document], list[Document]]],
+    say: Callable[[str], None] = print,
+) -> Adapter:
+    """Train, and write the adapter with the lowest validation loss (without validation texts,
+    the last one).
+
+    Args:
+        make_documents: tokenizer -> training and validation documents.
+
+    Raises:
+        SettingsError, TextsError, ResumeError, RetrieverLoadError: before training begins.
+    """
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator(settings, job.cpu)
+    say_once = say if accelerator.is_main_process else _silent
+    model = MemLongForCausalLM.from_pretrained(job.model, dtype=torch.float32).to(accelerator.device)
+    settings.check_model(model.config.memory)
+    base = backbone_identity(model.state_dict(), model.config)
+    tokenizer = AutoTokenizer.from_pretrained(job.model, config=model.config)
+    documents, valid_documents = make_documents(tokenizer)
+    folder = RunFolder(job.folder)
+    identity = _identity(settings, base, model, documents, valid_documents)
+    resumes = False
+    if accelerator.is_main_process:
+        resumes = folder.open(identity, job.restart)
+    accelerator.wait_for_everyone()
+    resumes = resumes or (folder.folder / "state").is_dir()
+
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    trained = select_trained(model, settings.parts, settings.with_memory)
+    half_precision(model, dtype)
+    frozen = _frozen_half(job, model, tokenizer, dtype, accelerator)
+    train, valid = (_all_features(frozen, part, say_once) for part in (documents, valid_documents))
+    if not resumes:
+        _start_memory(model, train, settings, accelerator, say_once)
+    trainer = Trainer(model, trained, train, valid, settings, accelerator, folder)
+    if resumes:
+        trainer.restore()
+        say_once(f"going on from step {trainer.step} of {settings.steps}")
+
+    best = _BestAdapter(job, model, settings, base, identity, trained)
+    if accelerator.is_main_process and valid and trainer.step == 0:
+        best.offer(0, trainer.validate())
+    trainer.run(best.offer if accelerator.is_main_process else _ignore)
+    if accelerator.is_main_process and not valid:
+        best.write(trainer.step, None)
+    accelerator.wait_for_everyone()
+    return best.adapter
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _ignore(step: int, validation: Validation) -> None:
+    pass
+
+
+def _identity(
+    settings: FinetuneSettings,
+    base: BaseIdentity,
+    model: MemLongForCausalLM,
+    documents: Sequence[Document],
+    valid: Sequence[Document],
+) -> dict[str, Any]:
+    """What makes a run this run; steps may be added to a finished one."""
+    return {
+        "settings": {name: value for name, value in settings.to_dict().items() if name not in ("steps", "save_every")},
+        "base": base.digest,
+        "memlong": model.config.memory.to_dict(),
+        "memory_parameters": _digest_of_memory(model),
+        "train": [_describe(document) for document in documents],
+        "valid": [_describe(document) for document in valid],
+    }
+
+
+def _describe(document: Document) -> str:
+    digest = hashlib.sha256(json.dumps([document.token_ids, document.loss_weights]).encode()).hexdigest()
+    return f"{document.name} ({len(document.token_ids)} tokens, {digest[:12]})"
+
+
+def _digest_of_memory(model: MemLongForCausalLM) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if ".memory_" in name:
+            digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _frozen_half(job: FinetuneJob, model: Any, tokenizer: Any, dtype: torch.dtype, accelerator: Any) -> FrozenHalf:
+    retriever, device = model.config.memory.retriever, accelerator.device
+    embedders: list[Any] = []
+
+    def embed_texts(texts: list[str]) -> Any:
+        if not embedders:  # Loaded when something is not in the cache.
+            config = retriever if job.retriever_path is None else type(retriever)(
+                job.retriever_path, retriever.pooling, retriever.max_length, retriever.query_instruction
+            )  # fmt: skip
+            embedders.append(load_embedder(config, str(job.model), str(device)))
+        return embedders[0].embed(texts)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return FrozenHalf(job.model, model, embed_texts, decode, job.cache_dir, dtype, accelerator.autocast)
+
+
+def _all_features(
+    frozen: FrozenHalf, documents: Sequence[Document], say: Callable[[str], None]
+) -> list[DocumentFeatures]:
+    made = []
+    for idx, document in enumerate(documents):
+        made.append(frozen.features(document))
+        if (idx + 1) % 10 == 0 or idx + 1 == len(documents):
+            tokens = sum(features.hidden.shape[0] for features in made)
+            say(f"frozen half: {idx + 1} of {len(documents)} documents, {tokens:,} tokens")
+    return made
+
+
+def _start_memory(model: Any, train: Sequence[DocumentFeatures], settings: Any, accelerator: Any, say: Any) -> None:
+    """Where the memory's parameters begin, if the checkpoint's are as ``convert`` left them."""
+    if not settings.with_memory:
+        return
+    if settings.calibrate_tokens and is_fresh(model):
+        explained = calibrate(model, train, settings.calibrate_tokens, accelerator.autocast)
+        for layer, (keys, values) in explained.items():
+            say(f"layer {layer}: linear maps explain {keys:.2f} of the variance of its keys, {values:.2f} of values")
+    if settings.bias_start:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".memory_bias") and not parameter.any():
+                parameter.data.fill_(settings.bias_start)
+
+
+class _BestAdapter:
+    """Writes the adapter whenever validation is better than before."""
+
+    def __init__(self, job: FinetuneJob, model: Any, settings: Any, base: Any, identity: Any, trained: Any) -> None:
+        self.job, self.model, self.settings, self.base = job, model, settings, base
+        self.identity, self.trained = identity, trained
+        self.adapter: Adapter = None  # type: ignore[assignment]
+        self.lowest = float("inf")
+
+    def offer(self, step: int, validation: Validation) -> None:
+        if step > 0 and validation.nll < self.lowest:
+            self.lowest = validation.nll
+            self.write(step, validation)
+
+    def write(self, step: int, validation: Validation | None) -> None:
+        parts = self.settings.parts
+        training = {
+            "settings": self.settings.to_dict(),
+            "train": self.identity["train"],
+            "valid": self.identity["valid"],
+            "step": step,
+            "validation": validation and validation.to_dict(),
+            "versions": {name: metadata.version(name) for name in VERSIONS_OF},
+            **(self.job.notes or {}),
+        }
+        tensors = {
+            name: tensor.to(torch.bfloat16 if tensor.dim() > 1 else torch.float32)
+            for name, tensor in learned_tensors(self.model, self.trained).items()
+        }
+        lora = LoraSettings(parts.rank, parts.alpha) if parts.rank else None
+        self.adapter = Adapter(tensors, lora, self.model.config.memory.to_dict(), self.base, training)
+        self.job.output.parent.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.adapter, self.job.output)

@@ -1,0 +1,127 @@
+"""Which parameters learn, and what they have learned as an adapter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+_MEMORY_PARAMETERS = ("memory_gate", "memory_bias", "memory_k_adapter", "memory_v_adapter")
+_FULL = {
+    "norms": re.compile(r"(?:input_layernorm|post_attention_layernorm)\.weight$|^model\.norm\.weight$"),
+    "embeddings": re.compile(r"^(?:model\.embed_tokens|lm_head)\.weight$"),
+}
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """What learns beside the parameters of memory.
+
+    Attributes:
+        rank, alpha: of LoRA; its effect is scaled by alpha / rank. Rank 0: no LoRA.
+        dropout: of LoRA's input.
+        targets: linear layers that get LoRA, of all layers from the memory layer up. Keys and
+            values of the memory layer itself never do: they are what is stored.
+        full: ``"norms"``, ``"embeddings"``: trained whole. Input embeddings are never trained if
+            they are tied to the head: the frozen half would change under the bank.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ATTENTION
+    full: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.targets if name not in (*ATTENTION, *MLP)]
+        if unknown:
+            raise ValueError(f"LoRA targets {unknown} are unknown; there are {[*ATTENTION, *MLP]}")
+        unknown = [name for name in self.full if name not in _FULL]
+        if unknown:
+            raise ValueError(f"parts to train whole {unknown} are unknown; there are {sorted(_FULL)}")
+        if self.rank < 0 or (self.rank > 0 and self.alpha <= 0):
+            raise ValueError(f"LoRA rank {self.rank} and alpha {self.alpha} must be positive (rank 0: no LoRA)")
+
+
+def select_trained(model: MemLongForCausalLM, parts: TrainedParts, with_memory: bool) -> dict[str, nn.Parameter]:
+    """Give ``model`` its LoRA layers and freeze everything else. Returns what learns, by name.
+
+    Args:
+        with_memory: whether gates, biases and adapters of memory learn.
+    """
+    memory_layer, num_layers = model.config.memory.memory_layer, model.config.num_hidden_layers
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if parts.rank > 0:
+        wanted = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and _gets_lora(name, parts.targets, memory_layer, num_layers)
+        ]
+        pattern = "|".join(re.escape(name) for name in wanted)
+        config = LoraConfig(r=parts.rank, lora_alpha=parts.alpha, lora_dropout=parts.dropout, target_modules=pattern)
+        inject_adapter_in_model(config, model)
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or (with_memory and name.endswith(_MEMORY_PARAMETERS) and _used(name, model)):
+            trained[name] = parameter
+        elif any(_FULL[part].search(name) and _may_change(name, model) for part in parts.full):
+            trained[name] = parameter
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return trained
+
+
+def _layer(name: str) -> int | None:
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _gets_lora(name: str, targets: tuple[str, ...], memory_layer: int, num_layers: int) -> bool:
+    layer, leaf = _layer(name), name.rpartition(".")[2]
+    if layer is None or layer < memory_layer or leaf not in targets:
+        return False
+    return layer > memory_layer or leaf not in ("k_proj", "v_proj")
+
+
+def _used(name: str, model: MemLongForCausalLM) -> bool:
+    """Whether a parameter of memory has any effect with the model's fusion."""
+    memory = model.config.memory
+    if name.endswith("memory_gate"):
+        return memory.fusion != "joint"
+    if name.endswith("memory_bias"):
+        return memory.fusion != "gated"
+    # What the memory layer stored is what it wants to read; its adapter stays the identity.
+    return _layer(name) != memory.memory_layer
+
+
+def _may_change(name: str, model: MemLongForCausalLM) -> bool:
+    """False for what the frozen half, or what it stores, is made of."""
+    layer, memory_layer = _layer(name), model.config.memory.memory_layer
+    if layer is not None:
+        return layer > memory_layer or (layer == memory_layer and "input_layernorm" not in name)
+    return not name.startswith("model.embed_tokens") and not (
+        name.startswith("lm_head") and model.config.tie_word_embeddings
+    )
+
+
+def learned_tensors(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """What was learned, on the CPU, by the names of an adapter file: LoRA's halves as
+    ``….q_proj.lora_A`` and ``.lora_B``, everything else by its checkpoint name."""
+    names = {name: re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name) for name in trained}
+    return {names[name]: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+
+
+def half_precision(model: MemLongForCausalLM, dtype: torch.dtype) -> None:
+    """Keep frozen matrices in ``dtype``; norms, and whatever learns, stay in float32."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dim() == 2:
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,168 @@
+"""Fine-tuning runs over a tiny checkpoint: what they learn, keep, repeat and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from memlong_vllm.adapters.adapter_file import load_adapter
+from memlong_vllm.cli.convert import convert
+from memlong_vllm.training.finetune import FinetuneJob
+from memlong_vllm.training.run_state import ResumeError
+from memlong_vllm.training.settings import PRESETS, FinetuneSettings, SettingsError, with_overrides
+from memlong_vllm.training.trainable import TrainedParts
+from memlong_vllm.training.trainer import learning_rate_factor
+from tests.checkpoints import Checkpoints
+from tests.engines import Reference
+from tests.training_run import PARTS, documents, train
+
+JOINT = {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"}
+
+
+def log_of(output: Path) -> list[dict]:
+    folder = FinetuneJob(output, output, output).folder
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("features")
+
+
+def test_the_merged_adapter_is_the_model_that_was_validated(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    """Trainer, adapter file, conversion and reference agree on the likelihood of a text."""
+    folder, output = checkpoints.memlong(gates=0.0, **JOINT), tmp_path / "adapter.safetensors"
+    adapter = train(folder, output, tokens, cache, steps=6, calibrate_tokens=256, bias_start=-0.5)
+    best = min((entry for entry in log_of(output) if "validation" in entry), key=lambda e: e["validation"]["nll"])
+    assert adapter.training["step"] == best["step"]
+    merged = tmp_path / "merged"
+    convert(checkpoints.base(), merged, adapter=output, max_length=32768)
+    reference, valid = Reference(merged), documents(tokens, (400, 330, 270, 300))[-1]
+    # Validation reads whole segments and counts what could be retrieved for.
+    first, last = 80, 256
+    for with_memory, key in ((True, "nll"), (False, "nll_without_memory")):
+        found = -reference.logprobs(list(valid.token_ids[: last + 1]), None, with_memory=with_memory)[first:last].mean()
+        assert best["validation"][key] == pytest.approx(float(found), abs=2e-3)  # The file holds bfloat16.
+    assert best["validation"]["nll"] != pytest.approx(best["validation"]["nll_without_memory"], abs=1e-3)
+
+
+def test_loss_falls_and_only_the_upper_half_learns(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.safetensors"
+    adapter = train(checkpoints.memlong(), output, tokens, cache, steps=30, validate_every=10)
+    losses = [entry["loss"] for entry in log_of(output) if "loss" in entry]
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+    layers = {int(name.split(".")[2]) for name in adapter.tensors}
+    assert layers == {1, 2, 3, 4}
+    assert "model.layers.1.self_attn.q_proj.lora_A" in adapter.tensors
+    assert not any(name.startswith(("model.layers.1.self_attn.k_", "model.layers.1.self_attn.v_")) for name in adapter.tensors)
+    assert "model.layers.4.self_attn.memory_gate" in adapter.tensors
+    assert adapter == load_adapter(output) or adapter.digest() == load_adapter(output).digest()
+
+
+def test_an_interrupted_run_goes_on_exactly(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoints.memlong(**JOINT)
+    options = {"parts": TrainedParts(rank=2, alpha=4.0, dropout=0.1), "steps": 6, "schedule": "cosine"}
+    whole = train(folder, tmp_path / "whole.safetensors", tokens, cache, **options)
+
+    from memlong_vllm.training.trainer import Trainer
+
+    update = Trainer._update
+
+    def interrupted(trainer: Trainer) -> dict:
+        if trainer.step == 5:  # One step after the last save.
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_update", interrupted)
+        train(folder, tmp_path / "parts.safetensors", tokens, cache, **options)
+    resumed = train(folder, tmp_path / "parts.safetensors", tokens, cache, **options)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor, resumed.tensors[name]), name
+    logs = [
+        [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in log_of(tmp_path / f"{name}.safetensors")]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_another_run_is_not_continued(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    train(checkpoints.memlong(), output, tokens, cache, steps=2)
+    with pytest.raises(ResumeError, match=r"settings: .*restart"):
+        train(checkpoints.memlong(), output, tokens, cache, steps=2, learning_rate=1e-3)
+    train(checkpoints.memlong(), output, tokens, cache, steps=2, learning_rate=1e-3, restart=True)
+
+
+def test_more_steps_continue_a_finished_run(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.safetensors"
+    train(checkpoints.memlong(), output, tokens, cache, steps=2)
+    train(checkpoints.memlong(), output, tokens, cache, steps=3)
+    assert [entry["step"] for entry in log_of(output) if "loss" in entry] == [1, 2, 3]
+
+
+def test_the_control_learns_nothing_of_memory(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    adapter = train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, cache, with_memory=False)
+    assert not any(".memory_" in name for name in adapter.tensors)
+    assert adapter.training["validation"]["nll_without_memory"] is None
+
+
+def test_features_are_computed_once(
+    checkpoints: Checkpoints, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memlong_vllm.training.features import FrozenHalf
+
+    first = train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, tmp_path / "cache", steps=2)
+    monkeypatch.delattr(FrozenHalf, "_run_lower")
+    monkeypatch.delattr(FrozenHalf, "_embed")
+    again = train(checkpoints.memlong(), tmp_path / "b.safetensors", tokens, tmp_path / "cache", steps=2)
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"schedule": "step"}, "schedule = 'step'"),
+        ({"precision": "fp16"}, "precision = 'fp16'"),
+        ({"memory_learning_rate": 0.0}, "memory_learning_rate = 0.0"),
+    ],
+)
+def test_bad_settings_are_named(values: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        FinetuneSettings(**values)
+
+
+def test_a_segment_must_hold_whole_strides(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=r"segment_tokens = 72: .*retrieval_stride \(16\)"):
+        train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, cache, segment_tokens=72)
+
+
+def test_learning_rates() -> None:
+    settings = FinetuneSettings(steps=10, warmup_steps=4, schedule="linear")
+    assert [learning_rate_factor(settings, step) for step in (0, 3, 4, 7)] == [0.25, 1.0, 1.0, 0.5]
+    cosine = FinetuneSettings(steps=10, warmup_steps=0, schedule="cosine")
+    assert learning_rate_factor(cosine, 5) == pytest.approx(0.5)
+
+
+def test_overrides_reach_the_parts() -> None:
+    settings = with_overrides(PRESETS["paper"], {"rank": 4, "steps": 7, "rows": None})
+    assert (settings.parts.rank, settings.steps, settings.rows) == (4, 7, PRESETS["paper"].rows)
+    assert settings.warmup_steps == 1000
+    assert PARTS.rank == 2
