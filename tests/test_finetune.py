@@ -41,10 +41,10 @@ def test_the_merged_adapter_is_the_model_that_was_validated(
     best = min((entry for entry in log_of(output) if "validation" in entry), key=lambda e: e["validation"]["nll"])
     assert adapter.training["step"] == best["step"]
     merged = tmp_path / "merged"
-    convert(checkpoints.base(), merged, adapter=output, max_length=32768)
+    convert(checkpoints.base(), merged, adapter=load_adapter(output), max_length=32768)
     reference, valid = Reference(merged), documents(tokens, (400, 330, 270, 300))[-1]
     # Validation reads whole segments and counts what could be retrieved for.
-    first, last = 80, 256
+    first, last = 64, 256
     for with_memory, key in ((True, "nll"), (False, "nll_without_memory")):
         found = -reference.logprobs(list(valid.token_ids[: last + 1]), None, with_memory=with_memory)[first:last].mean()
         assert best["validation"][key] == pytest.approx(float(found), abs=2e-3)  # The file holds bfloat16.
@@ -63,7 +63,7 @@ def test_loss_falls_and_only_the_upper_half_learns(
     assert "model.layers.1.self_attn.q_proj.lora_A" in adapter.tensors
     assert not any(name.startswith(("model.layers.1.self_attn.k_", "model.layers.1.self_attn.v_")) for name in adapter.tensors)
     assert "model.layers.4.self_attn.memory_gate" in adapter.tensors
-    assert adapter == load_adapter(output) or adapter.digest() == load_adapter(output).digest()
+    assert adapter.digest() == load_adapter(output).digest()
 
 
 def test_an_interrupted_run_goes_on_exactly(
