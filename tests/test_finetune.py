@@ -61,7 +61,9 @@ def test_loss_falls_and_only_the_upper_half_learns(
     layers = {int(name.split(".")[2]) for name in adapter.tensors}
     assert layers == {1, 2, 3, 4}
     assert "model.layers.1.self_attn.q_proj.lora_A" in adapter.tensors
-    assert not any(name.startswith(("model.layers.1.self_attn.k_", "model.layers.1.self_attn.v_")) for name in adapter.tensors)
+    assert not any(
+        name.startswith(("model.layers.1.self_attn.k_", "model.layers.1.self_attn.v_")) for name in adapter.tensors
+    )
     assert "model.layers.4.self_attn.memory_gate" in adapter.tensors
     assert adapter.digest() == load_adapter(output).digest()
 

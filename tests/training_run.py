@@ -49,7 +49,9 @@ def train(
     """Fine-tune on three documents, validate on a fourth."""
     *train, valid = documents(tokens, (400, 330, 270, 300))
     job = FinetuneJob(model, output, cache, cpu=True, restart=restart)
-    return finetune(job, FinetuneSettings(**(SETTINGS | settings)), lambda tokenizer: (train, [valid]), lambda text: None)
+    return finetune(
+        job, FinetuneSettings(**(SETTINGS | settings)), lambda tokenizer: (train, [valid]), lambda text: None
+    )
 
 
 def frozen_half(folder: Path, model: MemLongForCausalLM, cache: Path) -> FrozenHalf:

@@ -11,6 +11,7 @@ from typing import Any
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import MemoryConfigError
 from memlong_vllm.retriever.embedder import RetrieverLoadError
+from memlong_vllm.training.allocator import keep_freed_memory
 from memlong_vllm.training.documents import (
     Document,
     TextsError,
@@ -84,6 +85,7 @@ _SETTINGS = (
 
 
 def run(arguments: argparse.Namespace) -> int:
+    keep_freed_memory()
     try:
         start = PRESETS[arguments.preset] if arguments.preset else FinetuneSettings()
         settings = with_overrides(start, {name: getattr(arguments, name) for name in _SETTINGS})

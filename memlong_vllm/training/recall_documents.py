@@ -74,14 +74,16 @@ class RecallRecipe:
     Attributes:
         num_tokens: about how long one is, in tokens.
         facts: statements per document, put into the first part of it.
-        prose_weight, answer_weight: loss weights of prose and questions, and of answers.
+        prose_weight, answer_weight: loss weights of prose and questions, and of answers, which are
+            a few tokens of each segment; copy_weight: that of repeated passages.
         copies: passages of the prose repeated word for word later in the document, per document.
     """
 
     num_tokens: int = 6144
     facts: int = 12
-    prose_weight: float = 0.2
-    answer_weight: float = 2.0
+    prose_weight: float = 0.0
+    answer_weight: float = 8.0
+    copy_weight: float = 1.0
     copies: int = 3
 
 
@@ -107,7 +109,7 @@ def recall_document(
     while len(builder.token_ids) < recipe.num_tokens:
         if copies and rng.random() < 0.25:
             copies -= 1
-            _copy_passage(builder, stated, memory.retrieval_stride, rng)
+            _copy_passage(builder, stated, memory.retrieval_stride, recipe.copy_weight, rng)
         else:
             _ask(builder, rng.choice(facts), encode, memory.retrieval_stride)
     return Document(name, tuple(builder.token_ids), tuple(builder.weights))
@@ -132,12 +134,12 @@ def _ask(builder: _Builder, fact: Fact, encode: Encode, stride: int) -> None:
     builder.add(encode("."), builder.prose_weight)
 
 
-def _copy_passage(builder: _Builder, before: int, stride: int, rng: random.Random) -> None:
+def _copy_passage(builder: _Builder, before: int, stride: int, weight: float, rng: random.Random) -> None:
     """Repeat two strides of what stands in the first ``before`` tokens; the second counts."""
     first = rng.randrange(0, max(1, before - 2 * stride))
     passage = builder.token_ids[first : first + 2 * stride]
     builder.add(passage[:stride], builder.prose_weight)
-    builder.add(passage[stride:], builder.answer_weight / 2)
+    builder.add(passage[stride:], weight)
 
 
 def recall_documents(
