@@ -84,9 +84,10 @@ def test_an_interrupted_run_goes_on_exactly(
             raise KeyboardInterrupt
         return update(trainer)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_update", interrupted)
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "parts.safetensors", tokens, cache, **options)
+    monkeypatch.undo()
     resumed = train(folder, tmp_path / "parts.safetensors", tokens, cache, **options)
     assert whole.tensors.keys() == resumed.tensors.keys()
     for name, tensor in whole.tensors.items():

@@ -62,7 +62,7 @@ class LayerStack(nn.Module):
         Returns:
             Hidden states after the last of the layers, and what the rows carry on.
         """
-        rows, tokens, _ = hidden.shape
+        tokens = hidden.shape[1]
         span, window = self.config.retrieval_stride, self.config.local_window
         mask = local_mask(carried.num_tokens, tokens // span, span, window, self.group)
         rotary = self._rotary(hidden, window + tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,7 +14,6 @@ from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-_MEMORY_PARAMETERS = ("memory_gate", "memory_bias", "memory_k_adapter", "memory_v_adapter")
 _FULL = {
     "norms": re.compile(r"(?:input_layernorm|post_attention_layernorm)\.weight$|^model\.norm\.weight$"),
     "embeddings": re.compile(r"^(?:model\.embed_tokens|lm_head)\.weight$"),
@@ -66,18 +66,22 @@ def select_trained(model: MemLongForCausalLM, parts: TrainedParts, with_memory: 
             if isinstance(module, nn.Linear) and _gets_lora(name, parts.targets, memory_layer, num_layers)
         ]
         pattern = "|".join(re.escape(name) for name in wanted)
-        config = LoraConfig(r=parts.rank, lora_alpha=parts.alpha, lora_dropout=parts.dropout, target_modules=pattern)
+        alpha: Any = parts.alpha  # Declared int, used as a number.
+        config = LoraConfig(r=parts.rank, lora_alpha=alpha, lora_dropout=parts.dropout, target_modules=pattern)
         inject_adapter_in_model(config, model)
-    trained = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or (with_memory and name.endswith(_MEMORY_PARAMETERS) and _used(name, model)):
-            trained[name] = parameter
-        elif any(_FULL[part].search(name) and _may_change(name, model) for part in parts.full):
-            trained[name] = parameter
+    trained = {name: parameter for name, parameter in model.named_parameters() if _learns(name, model, parts)}
+    if not with_memory:
+        trained = {name: parameter for name, parameter in trained.items() if ".memory_" not in name}
     for parameter in trained.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return trained
+
+
+def _learns(name: str, model: MemLongForCausalLM, parts: TrainedParts) -> bool:
+    if ".memory_" in name:
+        return _used(name, model)
+    return ".lora_" in name or any(_FULL[part].search(name) and _may_change(name, model) for part in parts.full)
 
 
 def _layer(name: str) -> int | None:
