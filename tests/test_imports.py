@@ -27,6 +27,7 @@ MAY_IMPORT_VLLM = (
     "memlong_vllm.worker.model_state",
     "memlong_vllm.cli.*",
     "memlong_vllm.named",
+    "memlong_vllm.evaluation.vllm_scorer",
     "engine_patches",
     "engine_patches.*",
 )
@@ -162,6 +163,16 @@ def test_scheduler_and_worker_share_only_plan_and_config() -> None:
 )
 def test_no_side_imports_another_even_lazily(side: str, other: str) -> None:
     assert {module: ours(module) & folder(other) for module in folder(side)} == {m: set() for m in folder(side)}
+
+
+def test_serving_does_without_evaluation() -> None:
+    """And evaluation looks at engines from outside, as any program does."""
+    evaluation = folder("memlong_vllm.evaluation") | folder("memlong_vllm.cli")
+    # The demo model is made by convert.
+    others = set(sources()) - evaluation - {"memlong_vllm.demo_model"}
+    assert {module: ours(module) & evaluation for module in others} == {module: set() for module in others}
+    inside = folder("memlong_vllm.scheduler") | folder("memlong_vllm.worker") | {"memlong_vllm.model"}
+    assert not {name for module in folder("memlong_vllm.evaluation") for name in ours(module)} & inside
 
 
 def test_of_named_memories_workers_know_the_shards_only() -> None:

@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "convert": "make a MemLong checkpoint from a local Llama model",
     "demo": "serve a novel with a small real model and ask it questions",
+    "evaluate": "measure perplexity and recall of a checkpoint beside controls and baselines",
     "memory": "list, import, export and delete named memories",
     "plan": "say how many sequences of a length a card can serve",
 }
