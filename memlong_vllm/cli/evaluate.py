@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
 from memlong_vllm.config import MemoryConfigError
 from memlong_vllm.demo_model import DemoModelError
+from memlong_vllm.evaluation.reports import write_report
 from memlong_vllm.evaluation.scoring import EvaluationError
 
 COMMANDS = {
     "perplexity": "of the end of long texts, against how much of them came before",
+    "render": "make table and plot again from a results file",
 }
 
 
@@ -20,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen = next((word for word in sys.argv[2:] if word in COMMANDS), None)
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
-        if name == chosen:  # Import one command's needs only.
+        if name == "render":
+            command.add_argument("results", type=Path, metavar="JSON")
+        elif name == chosen:  # Import one command's needs only.
             module = importlib.import_module(f"memlong_vllm.evaluation.{name}")
             module.add_arguments(command)
             command.set_defaults(evaluate=module.run)
@@ -28,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        results = arguments.evaluate(arguments)
+        is_render = arguments.evaluation == "render"
+        path = arguments.results if is_render else arguments.evaluate(arguments).path
+        written = write_report(path)
     except (EvaluationError, DemoModelError, MemoryConfigError) as error:
         print(f"memlong-vllm evaluate {arguments.evaluation}: {error}", file=sys.stderr)
         return 2
-    print(f"written to {results.path}")
+    print("written:", *([] if is_render else [path]), *written)
     return 0
