@@ -199,8 +199,9 @@ def test_decisions_do_without_vllm_and_torch(module: str) -> None:
     assert not found & {"vllm", "torch", "transformers"}
 
 
-def test_the_plan_needs_the_standard_library_only() -> None:
-    found = set(map(top_level, imports("memlong_vllm.plan")))
+@pytest.mark.parametrize("module", ["plan", "recall_material", "evaluation.statistics"])
+def test_what_needs_the_standard_library_only(module: str) -> None:
+    found = set(map(top_level, imports(f"memlong_vllm.{module}")))
     assert found
     assert found <= set(sys.stdlib_module_names)
 

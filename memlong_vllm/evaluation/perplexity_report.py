@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from memlong_vllm.evaluation.reports import Line, line_name, line_style, lines_of, markdown_table
+from memlong_vllm.evaluation.reports import Line, line_name, line_style, lines_of, main_line, markdown_table
 from memlong_vllm.evaluation.statistics import mean, standard_error
 
 
@@ -38,20 +38,13 @@ class Cell:
         return math.exp(self.nll)
 
 
-def base_line(content: dict[str, Any]) -> Line:
-    """The main model with its largest memory."""
-    main = next(iter(content["models"]))
-    lines = [line for line in lines_of(content["rows"], list(content["models"])) if line[0] == main]
-    return lines[-1] if lines else (main, None)
-
-
 def summarise(content: dict[str, Any]) -> list[Cell]:
     """Every line at every length there are rows of."""
     windows: dict[tuple[Line, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in content["rows"]:
         windows[(row["model"], row["memory_size"]), row["length"]][row["text"]].append(row["nll"])
     texts = {key: {text: mean(nlls) for text, nlls in by_text.items()} for key, by_text in windows.items()}
-    base, cells = base_line(content), []
+    base, cells = main_line(content), []
     for line in lines_of(content["rows"], list(content["models"])):
         for length in sorted({length for found, length in texts if found == line}):
             mine, other = texts[line, length], texts.get((base, length), {})
@@ -82,7 +75,7 @@ def table(content: dict[str, Any]) -> str:
             return ""
         return plus_minus(cell.difference, cell.difference_error, "+") + count(cell, cell.num_paired)
 
-    base = base_line(content)
+    base = main_line(content)
     return "\n".join(
         [
             f"Perplexity of the last {last:,} tokens by tokens of the sequence, {most} text{'s' * (most > 1)}\n",

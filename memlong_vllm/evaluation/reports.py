@@ -13,6 +13,7 @@ from memlong_vllm.evaluation.scoring import EvaluationError
 # By command of the results file. A module each, with what :class:`Report` says.
 REPORTS = {
     "perplexity": "memlong_vllm.evaluation.perplexity_report",
+    "recall": "memlong_vllm.evaluation.recall_report",
 }
 # One colour a model, in every plot; memory sizes are shades of it.
 COLOURS = {
@@ -96,6 +97,13 @@ def lines_of(rows: Sequence[Row], labels: Sequence[str]) -> list[Line]:
     """The lines there are rows of: models in the order of ``labels``, memory sizes ascending."""
     found = {(row["model"], row["memory_size"]) for row in rows}
     return sorted(found, key=lambda line: (list(labels).index(line[0]), line[1] or 0))
+
+
+def main_line(content: dict[str, Any]) -> Line:
+    """The main model with its largest memory, which others are compared with."""
+    main = next(iter(content["models"]))
+    lines = [line for line in lines_of(content["rows"], list(content["models"])) if line[0] == main]
+    return lines[-1] if lines else (main, None)
 
 
 def line_name(line: Line) -> str:
