@@ -29,4 +29,5 @@ def wilson_interval(num_right: int, num: int, z: float = NORMAL_95) -> tuple[flo
     centre = rate + z * z / (2 * num)
     spread = z * math.sqrt(rate * (1 - rate) / num + z * z / (4 * num * num))
     scale = 1 + z * z / num
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # The rate is inside of it, also after rounding.
+    return max(0.0, min(rate, (centre - spread) / scale)), min(1.0, max(rate, (centre + spread) / scale))
