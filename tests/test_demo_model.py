@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memlong_vllm.adapters import Adapter, LoraSettings, backbone_identity, save_adapter
+from memlong_vllm.cli.convert import load_base
 from memlong_vllm.cli.demo import NOVEL_QUESTIONS
-from memlong_vllm.demo_model import demo_checkpoint
+from memlong_vllm.config import MemLongConfig
+from memlong_vllm.demo_model import BACKBONE, DemoModelError, build, demo_checkpoint, locate, recipe_digest
 from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_parity
 
@@ -81,6 +84,54 @@ def test_a_later_question_on_a_shared_document(
         for entry, cold_entry in zip(answer.logprobs, cold_answer.logprobs, strict=True):
             for token in entry.keys() & cold_entry.keys():
                 assert abs(entry[token].logprob - cold_entry[token].logprob) <= 1e-3
+
+
+def make_adapter(checkpoint: Path, **changes: Any) -> Adapter:
+    """An adapter for the demo's backbone, as identified by a checkpoint made of it."""
+    config, weights = MemLongConfig.from_pretrained(checkpoint), load_file(checkpoint / "model.safetensors")
+    query, layers = "model.layers.20.self_attn.q_proj", config.memory.retrieval_layers
+    tensors = {f"{query}.lora_A": torch.randn(4, 576) * 0.1, f"{query}.lora_B": torch.randn(576, 4) * 0.1}
+    tensors |= {f"model.layers.{layer}.self_attn.memory_gate": torch.full((9,), 0.5) for layer in layers}
+    values = {
+        "tensors": tensors,
+        "lora": LoraSettings(4, 4.0),
+        "memlong": config.memory.to_dict(),
+        "base": backbone_identity(weights, config),
+    }
+    return Adapter(**values | changes)
+
+
+def test_the_recipe_covers_the_adapter(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes(b"one")
+    digests = [recipe_digest(None), recipe_digest(adapter)]
+    adapter.write_bytes(b"two")
+    assert len({*digests, recipe_digest(adapter)}) == 3
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged(tmp_path: Path) -> None:
+    """It is trained on the checkpoint and merged into the GGUF file that was made of."""
+    plain = demo_checkpoint(adapted=False)
+    adapter = make_adapter(plain)
+    model, _ = load_base(locate(BACKBONE, tmp_path), "auto")
+    assert backbone_identity(model.state_dict(), model.config) == adapter.base
+    save_adapter(adapter, tmp_path / "adapter.safetensors")
+    (tmp_path / "first").mkdir()
+    made = build(tmp_path / "first", tmp_path / "adapter.safetensors")
+    before, after = load_file(plain / "model.safetensors"), load_file(made / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    gates = {name for name in adapter.tensors if name.endswith("memory_gate")}
+    assert changed == gates | {"model.layers.20.self_attn.q_proj.weight"}
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    config = MemLongConfig.from_pretrained(made)
+    assert config.memory == MemLongConfig.from_pretrained(plain).memory
+    assert config.memlong_adapter["digest"] == adapter.digest()
+    other = backbone_identity({"model.norm.weight": torch.ones(576)}, config)
+    save_adapter(make_adapter(plain, base=other), tmp_path / "adapter.safetensors")
+    (tmp_path / "second").mkdir()
+    with pytest.raises(DemoModelError, match="another base model"):
+        build(tmp_path / "second", tmp_path / "adapter.safetensors")
 
 
 @pytest.mark.slow

@@ -186,6 +186,13 @@ def test_of_named_memories_only_the_shards_contents_need_torch() -> None:
     assert importing == {"memlong_vllm.memories.shards"}
 
 
+def test_adapters_know_the_configuration_only() -> None:
+    """Training makes them and commands merge them, so neither can be needed for one."""
+    adapters = folder("memlong_vllm.adapters")
+    assert reachable(graph(), adapters) - adapters <= SHARED
+    assert "memlong_vllm.adapters.merge" in adapters
+
+
 def test_only_the_modules_that_must_import_vllm() -> None:
     importing = {module for module in sources() if "vllm" in map(top_level, imports(module, typing=False))}
     allowed = {module for module in sources() if any(fnmatch(module, pattern) for pattern in MAY_IMPORT_VLLM)}

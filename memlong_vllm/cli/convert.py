@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from memlong_vllm.adapters import Adapter, AdapterError, merge_adapter
+from memlong_vllm.adapters.peft_format import read_adapter
 from memlong_vllm.config import ARCHITECTURE, UNSUPPORTED_ROPE, MemLongConfig, MemoryConfig, MemoryConfigError
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 
@@ -20,6 +22,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_memlong.MemLongConfig",
     "AutoModelForCausalLM": f"modeling_memlong.{ARCHITECTURE}",
 }
+# What gives trained parameters their shape or meaning: an adapter works only as it was trained.
+TRAINED_WITH = ("memory_layer", "retrieval_layers", "fusion", "memory_softmax", "memory_bias", "memory_adapter")
 
 
 class ConversionError(ValueError):
@@ -91,6 +95,8 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
     if rope_type in UNSUPPORTED_ROPE:
         raise ConversionError(f"RoPE scaling {rope_type!r} rotates keys anew as a sequence grows; it cannot be stored")
     trained = base.max_position_embeddings
+    if isinstance(base, MemLongConfig) and base.backbone_max_position_embeddings is not None:
+        trained = base.backbone_max_position_embeddings
     memory = MemoryConfig.from_dict(block, base.num_hidden_layers)
     reach = max_length or max(trained, memory.memory_size + memory.local_window)
     values = base.to_dict() | {
@@ -105,8 +111,29 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
     return MemLongConfig(**values)
 
 
+def adapted_block(block: dict[str, Any], adapter: Adapter, settings: dict[str, Any]) -> dict[str, Any]:
+    """``block`` with what the adapter was trained with, then ``settings``.
+
+    Raises:
+        ConversionError: if the settings contradict the adapter; see TRAINED_WITH.
+        MemoryConfigError: if a field is invalid.
+    """
+    fixed = {name: value for name, value in adapter.memlong.items() if name in TRAINED_WITH}
+    if {"memory_layer", "retrieval_layers"} <= fixed.keys():  # The whole block: what it leaves out is at its default.
+        memory = MemoryConfig.from_dict(adapter.memlong, 1 + max(adapter.memlong["retrieval_layers"]))
+        fixed = {name: value for name, value in memory.to_dict().items() if name in TRAINED_WITH}
+    result = apply_settings(block | adapter.memlong | fixed, settings)
+    for name, value in fixed.items():
+        if result[name] != value:
+            wanted = f"--set {name}={json.dumps(result[name])}"
+            raise ConversionError(
+                f"{wanted} contradicts the adapter, which was trained with {json.dumps(value)}: leave it out"
+            )
+    return result
+
+
 def load_base(base: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """Model and tokenizer of a safetensors folder or a GGUF file (dequantised)."""
+    """Model and tokenizer of a safetensors folder (Llama or MemLong) or a GGUF file (dequantised)."""
     if not base.exists():
         raise ConversionError(f"{base}: no such folder or file; the base model must be on this machine")
     is_gguf = base.suffix == ".gguf"
@@ -114,10 +141,22 @@ def load_base(base: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     options: dict[str, Any] = {"gguf_file": base.name} if is_gguf else {}
     quantization = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
     try:
+        if is_memlong(base):
+            model = MemLongForCausalLM.from_pretrained(base, dtype=dtype)
+            return model, AutoTokenizer.from_pretrained(base, config=model.config)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **quantization), tokenizer
     except (OSError, ValueError) as error:
         raise ConversionError(f"{base} cannot be loaded as a model with tokenizer: {error}") from error
+
+
+def is_memlong(base: Path) -> bool:
+    """Whether this is the folder of a MemLong checkpoint."""
+    try:
+        values = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MemLongConfig.model_type
 
 
 def convert(
@@ -127,33 +166,79 @@ def convert(
     settings: dict[str, Any] | None = None,
     max_length: int | None = None,
     dtype: str = "auto",
+    adapter: Adapter | None = None,
+    force: bool = False,
 ) -> MemLongConfig:
     """Write a MemLong checkpoint of ``base`` to ``output``: its weights, fresh (zero) gates,
     tokenizer, configuration and the reference model's code.
 
+    Args:
+        adapter: is merged into the weights; its ``memlong`` block takes the preset's place.
+        force: merge it also into another base than it was trained on.
+
     Raises:
-        ConversionError, MemoryConfigError: before anything is written.
+        ConversionError, MemoryConfigError, AdapterError: before anything is written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} exists and is not an empty folder: choose another or remove it")
-    model, tokenizer = load_base(base, dtype)
+    if adapter is None and is_memlong(base):
+        raise ConversionError(f"{base} is a MemLong checkpoint already; what can be done to it is --adapter")
+    # An adapter is merged into the weights as they are: rounding them first would make another base.
+    model, tokenizer = load_base(base, dtype if adapter is None else "auto")
     block = preset(preset_name, model.config.num_hidden_layers, model.config.max_position_embeddings)
-    config = memlong_config(model.config, apply_settings(block, settings or {}), max_length)
-    write_checkpoint(model, config, tokenizer, output)
+    if isinstance(model.config, MemLongConfig):
+        block |= model.config.memory.to_dict()
+    settings = settings or {}
+    block = apply_settings(block, settings) if adapter is None else adapted_block(block, adapter, settings)
+    config = memlong_config(model.config, block, max_length)
+    converted = converted_model(model, config)
+    if adapter is not None:
+        merge(adapter, converted, model, force)
+        converted = converted if dtype == "auto" else converted.to(getattr(torch, dtype))
+    write_checkpoint(converted, tokenizer, output)
     return config
 
 
-def write_checkpoint(base: PreTrainedModel, config: MemLongConfig, tokenizer: Any, output: Path) -> None:
-    """Save a checkpoint folder that vLLM and transformers both load."""
+def converted_model(base: PreTrainedModel, config: MemLongConfig) -> MemLongForCausalLM:
+    """A MemLong model of the base's backbone, with fresh memory parameters."""
     with torch.device("meta"):
         converted = MemLongForCausalLM(config)
     converted = converted.to_empty(device="cpu").to(base.dtype)
-    missing, unexpected = converted.load_state_dict(base.state_dict(), strict=False, assign=True)
+    backbone = {name: tensor for name, tensor in base.state_dict().items() if ".memory_" not in name}
+    missing, unexpected = converted.load_state_dict(backbone, strict=False, assign=True)
     if unexpected or any(".memory_" not in name and name != "lm_head.weight" for name in missing):
         raise ConversionError(f"the base model's weights do not fit: missing {missing}, unexpected {unexpected}")
     reset_memory_parameters(converted)
     converted.tie_weights()
     converted.generation_config = base.generation_config
+    return converted
+
+
+def merge(adapter: Adapter, model: MemLongForCausalLM, base: PreTrainedModel, force: bool) -> None:
+    """Merge an adapter into the converted model and say so in its configuration.
+
+    Raises:
+        AdapterError: if it does not fit.
+        ConversionError: if the base is a MemLong checkpoint of which trained parameters would get lost.
+    """
+    fresh = model.state_dict()
+    for name, tensor in base.state_dict().items():
+        is_unused = name.endswith(".memory_gate") and model.config.memory.fusion == "joint"
+        if ".memory_" not in name or name in adapter.tensors or is_unused:
+            continue
+        if not torch.equal(tensor, fresh_value(name, tensor)):
+            raise ConversionError(
+                f"the checkpoint has a trained {name}, which the adapter does not: take the plain model it was made of"
+            )
+    model.load_state_dict(merge_adapter(adapter, fresh, model.config, force=force), assign=True)
+    model.tie_weights()
+    before = base.config.to_dict().get("memlong_adapter")
+    made_from = {"digest": adapter.digest(), "training": adapter.training}
+    model.config.memlong_adapter = made_from if before is None else made_from | {"merged_before": before}
+
+
+def write_checkpoint(converted: MemLongForCausalLM, tokenizer: Any, output: Path) -> None:
+    """Save a checkpoint folder that vLLM and transformers both load."""
     converted.save_pretrained(output)
     for weights in output.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors writes 0600: a service's account could not read it.
@@ -165,14 +250,19 @@ def write_checkpoint(base: PreTrainedModel, config: MemLongConfig, tokenizer: An
 
 
 def reset_memory_parameters(model: MemLongForCausalLM) -> None:
-    """Gates and biases 0 (the model is then exactly its window-only backbone); adapters identity."""
+    """Give memory parameters what they begin with: the model is then exactly its window-only backbone."""
     for name, parameter in model.named_parameters():
-        if name.endswith((".memory_gate", ".memory_bias")):
-            parameter.data.zero_()
-        elif name.endswith(("memory_k_adapter", "memory_v_adapter")):
-            identity = torch.eye(parameter.shape[1], dtype=parameter.dtype)
-            first = 0 if name.endswith("memory_k_adapter") else parameter.shape[0]
-            parameter.data.copy_(identity[first : first + parameter.shape[0]])
+        if ".memory_" in name:
+            parameter.data.copy_(fresh_value(name, parameter))
+
+
+def fresh_value(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """What a memory parameter begins with: gates and biases 0; adapters identity."""
+    if not name.endswith(("memory_k_adapter", "memory_v_adapter")):
+        return torch.zeros_like(parameter)
+    identity = torch.eye(parameter.shape[1], dtype=parameter.dtype)
+    first = 0 if name.endswith("memory_k_adapter") else parameter.shape[0]
+    return identity[first : first + parameter.shape[0]]
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -189,7 +279,16 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", type=Path, help="folder with a Llama model (safetensors), or a .gguf file")
     parser.add_argument("output", type=Path, help="folder to write; must not exist or be empty")
-    parser.add_argument("--preset", choices=("paper", "released", "small"), default="paper")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="FILE", help="merge this adapter: a file, or a folder of the PEFT library"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="merge the adapter into another base of the same shape as its own"
+    )
+    parser.add_argument(
+        "--preset", choices=("paper", "released", "small"), default="paper",
+        help="memory settings, where the adapter does not bring them (default: paper)",
+    )  # fmt: skip
     parser.add_argument(
         "--set", dest="settings", type=parse_setting, action="append", default=[], metavar="KEY=VALUE",
         help="field of the memlong block, for example top_k=4 or retriever.model=/path",
@@ -200,6 +299,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
+        adapter = None if arguments.adapter is None else read_adapter(arguments.adapter)
         config = convert(
             arguments.base,
             arguments.output,
@@ -207,11 +307,29 @@ def run(arguments: argparse.Namespace) -> int:
             dict(arguments.settings),
             arguments.max_length,
             arguments.dtype,
+            adapter,
+            arguments.force,
         )
-    except (ConversionError, MemoryConfigError) as error:
+    except (ConversionError, MemoryConfigError, AdapterError) as error:
         print(f"memlong-vllm convert: {error}")
         return 2
     print(json.dumps(config.memlong, indent=2))
-    print(f"\nwritten to {arguments.output}; gates are zero, so memory has no effect until they are trained")
+    print(f"\nwritten to {arguments.output}; {trained_state(config, adapter)}")
     print(f"serve it: vllm serve {arguments.output} --trust-remote-code")
     return 0
+
+
+def trained_state(config: MemLongConfig, adapter: Adapter | None) -> str:
+    """What has been trained in the checkpoint and what follows, in words."""
+    words = []
+    if adapter is not None:
+        pairs, whole = len(adapter.lora_modules()), len(adapter.whole_parameters())
+        words.append(f"adapter {adapter.digest()[:12]} is merged ({pairs} LoRA pairs, {whole} whole parameters)")
+        if adapter.base is None:
+            words.append("it does not say which base model it was trained on: make sure it was this one")
+    gates = [] if adapter is None else [t for name, t in adapter.tensors.items() if name.endswith(".memory_gate")]
+    if config.memory.fusion == "gated" and not any(bool(gate.any()) for gate in gates):
+        words.append("gates are zero, so memory has no effect until they are trained")
+    elif adapter is None:
+        words.append("nothing is trained yet: the model has not learned to use what it retrieves")
+    return "; ".join(words)

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import memlong_vllm
+from memlong_vllm.cli.model_argument import DEMO, ModelArgumentError, resolve_model
 from memlong_vllm.config import MemLongConfig, MemoryConfigError
-from memlong_vllm.demo_model import DemoModelError, demo_checkpoint
 
 NOVEL = Path(memlong_vllm.__file__).parents[1] / "examples" / "data" / "doyle_lost_world.txt"
 NOVEL_QUESTIONS = (
@@ -329,7 +329,7 @@ def _positive(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="DIR", help="another MemLong checkpoint (default: the demo's)")
+    parser.add_argument("--model", default=DEMO, metavar="DIR", help="MemLong checkpoint (default: demo, a small one)")
     parser.add_argument("--document", type=Path, metavar="FILE", help="UTF-8 text (default: The Lost World, 1912)")
     parser.add_argument(
         "--tokens",
@@ -355,10 +355,11 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         document = read_document(arguments.document)
-        if arguments.model is not None and not (arguments.model / "modeling_memlong.py").is_file():
+        checkpoint = resolve_model(arguments.model)
+        if not (checkpoint / "modeling_memlong.py").is_file():
             raise DemoError(f"--model {arguments.model} is no MemLong checkpoint: make one with memlong-vllm convert")
-        demonstrate(arguments, arguments.model or demo_checkpoint(), document)
-    except (DemoError, DemoModelError, MemoryConfigError) as error:
+        demonstrate(arguments, checkpoint, document)
+    except (DemoError, ModelArgumentError, MemoryConfigError) as error:
         print(f"memlong-vllm demo: {error}", file=sys.stderr)
         return 2
     return 0

@@ -7,6 +7,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "adapter": "look at what fine-tuning learned; exchange it with the PEFT library",
     "convert": "make a MemLong checkpoint from a local Llama model",
     "demo": "serve a novel with a small real model and ask it questions",
     "evaluate": "measure perplexity and recall of a checkpoint beside controls and baselines",

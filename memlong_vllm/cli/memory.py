@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     imported = _add(commands, "import", run_import, "append texts to a memory, or make one of an archive")
     imported.add_argument("name")
     imported.add_argument("files", type=Path, nargs="+", metavar="file", help="text files (UTF-8), or one .tar archive")
-    imported.add_argument("--model", metavar="DIR", help="with --memory-dir: checkpoint to compute with")
+    imported.add_argument("--model", metavar="DIR", help="with --memory-dir: checkpoint to compute with, or demo")
     imported.add_argument(
         "--options", type=json.loads, metavar="JSON", help='with --model: of vllm.LLM, such as \'{"dtype": "float32"}\''
     )
@@ -94,7 +94,8 @@ def open_memories(arguments: argparse.Namespace) -> AbstractContextManager[Memor
         from memlong_vllm.cli.memory_folder import FolderMemories
 
         salt = arguments.cache_salt if arguments.tenant is None else tenant_salt(arguments.tenant)
-        return FolderMemories(arguments.memory_dir, salt, arguments.model, arguments.options or {})
+        model = None if arguments.model is None else located(arguments.model)
+        return FolderMemories(arguments.memory_dir, salt, model, arguments.options or {})
     from memlong_vllm.cli.memory_server import ServerMemories
 
     if arguments.model is not None:
@@ -103,6 +104,16 @@ def open_memories(arguments: argparse.Namespace) -> AbstractContextManager[Memor
     if arguments.tenant is not None:
         headers[arguments.tenant_header] = arguments.tenant
     return ServerMemories(arguments.url, headers, arguments.cache_salt)
+
+
+def located(model: str) -> str:
+    """The folder that ``--model`` stands for."""
+    from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
+
+    try:
+        return str(resolve_model(model))
+    except ModelArgumentError as error:
+        raise MemoryLibraryError(f"--model {error}") from error
 
 
 def run_list(memories: Memories, arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from memlong_vllm.capacity import Capacity, CapacityError, Setup, num_parameters, padded_head_dim, plan
 from memlong_vllm.cli.convert import ConversionError, apply_settings, memlong_config, parse_setting, preset
+from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import GIB, MemLongConfig, MemoryConfigError
 
 MIB = 1 << 20
@@ -54,6 +55,16 @@ HEADINGS = {
 
 class PlanError(ValueError):
     """The model cannot be read, or lacks something. The message is one line for the user."""
+
+
+def locate(model: str) -> str:
+    """A name in SHAPES and a file as they are; else the folder that ``model`` stands for."""
+    if model in SHAPES or Path(model).is_file():
+        return model
+    try:
+        return str(resolve_model(model))
+    except ModelArgumentError as error:
+        raise PlanError(f"{error}; {' and '.join(SHAPES)} are shapes that need no files") from error
 
 
 def load_config(model: str, preset_name: str, settings: dict[str, Any], context: int) -> MemLongConfig:
@@ -115,7 +126,7 @@ def embedding_dimension(config: MemLongConfig, model: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help=f"checkpoint folder, config.json, or {' or '.join(SHAPES)}"
+        "--model", required=True, metavar="DIR", help=f"checkpoint folder, config.json, demo, or {' or '.join(SHAPES)}"
     )
     parser.add_argument("--context", type=int, required=True, metavar="N", help="tokens a sequence")
     parser.add_argument("--card-gib", type=float, default=24, help="memory of each card (default: 24)")
@@ -161,8 +172,9 @@ def make_setup(arguments: argparse.Namespace, dimension: int) -> Setup:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        config = load_config(arguments.model, arguments.preset, dict(arguments.settings), arguments.context)
-        setup = make_setup(arguments, arguments.embedding_dimension or embedding_dimension(config, arguments.model))
+        model = locate(arguments.model)
+        config = load_config(model, arguments.preset, dict(arguments.settings), arguments.context)
+        setup = make_setup(arguments, arguments.embedding_dimension or embedding_dimension(config, model))
         capacities = plan(config, config.memory, setup)
     except (PlanError, ConversionError, MemoryConfigError, CapacityError) as error:
         print(f"memlong-vllm plan: {error}", file=sys.stderr)
