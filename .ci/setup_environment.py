@@ -26,7 +26,7 @@ VLLM_VERSION = "0.32.0"
 TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
-EXTRAS = ("cpu", "demo", "train", "dev")
+EXTRAS = ("cpu", "demo", "train", "eval", "dev")
 
 # Run by the environment's own Python, whose pip brings a requirement parser.
 LIST_REQUIREMENTS = """

@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from backbones import gated_copy, plain_backbone
+from backbones import gated_copy
 from engine_process import (
     EngineProcess,
     generate,
@@ -35,6 +35,7 @@ from engine_process import (
 from memlong_vllm.cli.demo import NOVEL_QUESTIONS
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.demo_model import demo_checkpoint
+from memlong_vllm.evaluation.plain_backbone import plain_backbone
 
 ENGINES = ("shared", "cold", "full")
 LIKELIEST = 20  # Log-probabilities compared of every token.

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from backbones import plain_backbone
 from engine_process import EngineProcess, is_engine_process, serve, tokens_of, write_result
 
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.demo_model import demo_checkpoint
+from memlong_vllm.evaluation.plain_backbone import plain_backbone
 
 
 def prepare(llm: Any) -> Callable[..., dict[str, float]]:

@@ -55,12 +55,17 @@ def memorize(llm: Any, name: str, texts: Iterable[str], cache_salt: str | None =
         MemoryWriteError: if a text has no complete chunk, or not everything was written.
         MemoryLibraryError: if the memory cannot be written to.
     """
+    tokenizer = llm.get_tokenizer()
+    return memorize_tokens(llm, name, [tokenizer.encode(text) for text in texts], cache_salt)
+
+
+def memorize_tokens(llm: Any, name: str, texts: Iterable[Sequence[int]], cache_salt: str | None = None) -> Memory:
+    """:func:`memorize` of texts that are token ids already."""
     from vllm import SamplingParams
 
-    tenant = tenant_folder(cache_salt)
-    chunk_size = perform(llm, "list", tenant=tenant)["chunk_size"]
-    tokenizer, max_model_len = llm.get_tokenizer(), llm.llm_engine.vllm_config.model_config.max_model_len
-    pieces = [piece for text in texts for piece in split(tokenizer.encode(text), chunk_size, max_model_len)]
+    chunk_size = perform(llm, "list", tenant=tenant_folder(cache_salt))["chunk_size"]
+    max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
+    pieces = [piece for token_ids in texts for piece in split(token_ids, chunk_size, max_model_len)]
     show = shown(llm, name, cache_salt)
     before = num_chunks(show())
     prompts = [{"prompt_token_ids": piece} | ({"cache_salt": cache_salt} if cache_salt else {}) for piece in pieces]

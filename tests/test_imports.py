@@ -27,6 +27,7 @@ MAY_IMPORT_VLLM = (
     "memlong_vllm.worker.model_state",
     "memlong_vllm.cli.*",
     "memlong_vllm.named",
+    "memlong_vllm.evaluation.vllm_scorer",
     "engine_patches",
     "engine_patches.*",
 )
@@ -164,6 +165,16 @@ def test_no_side_imports_another_even_lazily(side: str, other: str) -> None:
     assert {module: ours(module) & folder(other) for module in folder(side)} == {m: set() for m in folder(side)}
 
 
+def test_serving_does_without_evaluation() -> None:
+    """And evaluation looks at engines from outside, as any program does."""
+    evaluation = folder("memlong_vllm.evaluation") | folder("memlong_vllm.cli")
+    # The demo model is made by convert.
+    others = set(sources()) - evaluation - {"memlong_vllm.demo_model"}
+    assert {module: ours(module) & evaluation for module in others} == {module: set() for module in others}
+    inside = folder("memlong_vllm.scheduler") | folder("memlong_vllm.worker") | {"memlong_vllm.model"}
+    assert not {name for module in folder("memlong_vllm.evaluation") for name in ours(module)} & inside
+
+
 def test_of_named_memories_workers_know_the_shards_only() -> None:
     edges = graph()
     assert reachable(edges, folder("memlong_vllm.worker")) & folder("memlong_vllm.memories") <= SHARDS
@@ -195,8 +206,9 @@ def test_decisions_do_without_vllm_and_torch(module: str) -> None:
     assert not found & {"vllm", "torch", "transformers"}
 
 
-def test_the_plan_needs_the_standard_library_only() -> None:
-    found = set(map(top_level, imports("memlong_vllm.plan")))
+@pytest.mark.parametrize("module", ["plan", "recall_material", "evaluation.statistics"])
+def test_what_needs_the_standard_library_only(module: str) -> None:
+    found = set(map(top_level, imports(f"memlong_vllm.{module}")))
     assert found
     assert found <= set(sys.stdlib_module_names)
 

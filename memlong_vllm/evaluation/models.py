@@ -1,0 +1,148 @@
+"""The models of a run: the one that is evaluated, controls, and baselines made of its backbone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from memlong_vllm.config import MemLongConfig
+from memlong_vllm.evaluation.scoring import EvaluationError
+
+Kind = Literal["memlong", "plain"]
+MEMLONG, CONTROL, RANDOM, FULL, WINDOW = "memlong", "control", "random", "full", "window"
+BASELINES = (FULL, WINDOW)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of a run.
+
+    Attributes:
+        label: names it in rows.
+        path: folder that is loaded.
+        source: folder that the user named, which it was made from.
+        kind: ``"memlong"``, or ``"plain"`` for a Llama model without memory.
+        window: tokens that a token attends to in every layer, or None for all.
+        random_retrieval: chunks are chosen by chance.
+        config: contents of ``config.json``.
+    """
+
+    label: str
+    path: Path
+    source: Path
+    kind: Kind
+    window: int | None
+    random_retrieval: bool = False
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens the checkpoint says a sequence may have."""
+        return int(self.config["max_position_embeddings"])
+
+    def memory_sizes(self, asked: Sequence[int]) -> list[int | None]:
+        """Those of the sizes asked for that tell something about this model. Chunks chosen by chance
+        are those of the main model at size 0, and a control was trained without any."""
+        if self.kind == "plain":
+            return [None]
+        if self.label == CONTROL:
+            return [0]
+        return [size for size in asked if size or not self.random_retrieval]
+
+
+def model_specs(
+    model: Path,
+    control: Path | None = None,
+    baselines: Sequence[str] = (),
+    backbone: Path | None = None,
+    random_retrieval: bool = False,
+) -> list[ModelSpec]:
+    """The models that options name. Baselines are made when they are loaded (:mod:`memlong_vllm.evaluation.opening`).
+
+    Raises:
+        EvaluationError: if a folder is not what its option asks for.
+    """
+    config = read_config(model, "--model")
+    if "memlong" not in config:
+        raise EvaluationError(f"--model {model} is no MemLong checkpoint: make one with memlong-vllm convert")
+    main = ModelSpec(MEMLONG, model, model, "memlong", config["memlong"]["local_window"], config=config)
+    specs = [main]
+    if control is not None:
+        config = read_config(control, "--control")
+        kind: Kind = "memlong" if "memlong" in config else "plain"
+        specs.append(ModelSpec(CONTROL, control, control, kind, main.window, config=config))
+    if random_retrieval:
+        specs.append(ModelSpec(RANDOM, main.path, main.source, "memlong", main.window, True, main.config))
+    source = backbone or model
+    config = read_config(source, "--backbone")
+    for name in baselines:
+        window = main.window if name == WINDOW else None
+        specs.append(ModelSpec(name, source, source, "plain", window, config=config))
+    for spec in specs[1:]:
+        _check_same_tokens(main, spec)
+    return specs
+
+
+def read_config(path: Path, option: str) -> dict[str, Any]:
+    """``config.json`` of a checkpoint folder."""
+    try:
+        return dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{option} {path} is no folder with a model: its config.json {error}") from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint folder, of MemLong or of a plain Llama model."""
+    is_memlong = "memlong" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = MemLongConfig.from_pretrained(path) if is_memlong else None
+    return AutoTokenizer.from_pretrained(path, config=config)
+
+
+def _check_same_tokens(main: ModelSpec, other: ModelSpec) -> None:
+    """Token ids must mean the same text for all models, or their perplexities cannot be compared."""
+    if other.source == main.source:
+        return
+    if load_tokenizer(other.source).get_vocab() != load_tokenizer(main.source).get_vocab():
+        raise EvaluationError(f"'{other.label}' ({other.source}) has another vocabulary than --model {main.source}")
+
+
+def end_ids_of(path: Path, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text, of the tokenizer and of ``generation_config.json``."""
+    file = path / "generation_config.json"
+    found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    ends = [*found, tokenizer.eos_token_id] if isinstance(found, list) else [found, tokenizer.eos_token_id]
+    return frozenset(int(token) for token in ends if token is not None)
+
+
+def describe(spec: ModelSpec) -> dict[str, Any]:
+    """What identifies a model in a results file: settings, origin and a digest of its weights."""
+    block = spec.config.get("memlong")
+    trained = spec.config.get("backbone_max_position_embeddings") or spec.reach
+    provenance = {name: value for name, value in spec.config.items() if "adapter" in name}
+    return {
+        "name": spec.source.name,
+        "path": str(spec.source),
+        "attention": "memory" if spec.kind == "memlong" else "full" if spec.window is None else "window",
+        "random_retrieval": spec.random_retrieval,
+        "local_window": spec.window,
+        "trained_length": trained,
+        "memlong": block if spec.kind == "memlong" else None,
+        "adapter": provenance or None,
+        "digest": checkpoint_digest(spec.source),
+    }
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 of the configuration and of every byte of the weights, so that a checkpoint trained
+    further under the same name is told apart."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""The results file: written row by row, so that a run that was stopped goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from memlong_vllm.evaluation.scoring import EvaluationError
+
+Row = dict[str, Any]
+PACKAGES = ("torch", "vllm", "transformers", "memlong-vllm")
+
+
+def versions() -> dict[str, str | None]:
+    """What a measurement was made with."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package.replace("-", "_")] = version(package)
+        except PackageNotFoundError:
+            found[package.replace("-", "_")] = None
+    return found | {"platform": platform.platform(), "cpu": _cpu_name()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} threads)" if names else platform.processor()
+
+
+class ResultsFile:
+    """``{"command", "settings", "versions", "model", "models", "rows"}`` as JSON.
+
+    ``model`` describes the main model; ``models``, each one by the label that rows name it by. A
+    run with the same settings adds the rows that are missing, and may add models.
+
+    Args:
+        key: fields that tell a row from every other.
+
+    Raises:
+        EvaluationError: if the file is of another run, unless ``overwrite``; saying what differs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        command: str,
+        settings: dict[str, Any],
+        models: dict[str, Any],
+        key: tuple[str, ...],
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self._key = path, key
+        # As it will be read again: tuples become lists.
+        header = {"command": command, "settings": settings, "versions": versions(), "models": models}
+        self.content: dict[str, Any] = json.loads(json.dumps(header))
+        self.content["model"] = next(iter(self.content["models"].values()))
+        self.content["rows"] = []
+        if path.exists() and not overwrite:
+            self._resume(read_results(path))
+        self._keys = {self._key_of(row) for row in self.rows}
+        self._write()
+
+    @property
+    def rows(self) -> list[Row]:
+        rows: list[Row] = self.content["rows"]
+        return rows
+
+    def has(self, row: Row) -> bool:
+        """Whether there is a row with this one's key."""
+        return self._key_of(row) in self._keys
+
+    def append(self, rows: list[Row]) -> None:
+        """Add rows and save: a reader, or a run after a crash, sees all of them or none."""
+        self.rows.extend(rows)
+        self._keys |= {self._key_of(row) for row in rows}
+        self._write()
+
+    def _key_of(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self._key)
+
+    def _resume(self, found: dict[str, Any]) -> None:
+        differences = _differences(found, self.content)
+        if differences:
+            raise EvaluationError(
+                f"--output {self.path} is of a run with other settings; name another file or add --overwrite. "
+                f"Different: {'; '.join(differences)}"
+            )
+        self.content["models"] = found["models"] | self.content["models"]
+        self.content["model"] = next(iter(self.content["models"].values()))
+        self.content["rows"] = found["rows"]
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        shell = json.dumps(self.content | {"rows": []}, indent=2)
+        lines = ",\n    ".join(json.dumps(row) for row in self.rows)
+        text = shell.removesuffix('"rows": []\n}') + f'"rows": [\n    {lines}\n  ]\n}}\n'
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Raises:
+    EvaluationError: if the file is not a results file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be read as results: {error}") from error
+    if not isinstance(content, dict) or not {"command", "settings", "models", "rows"} <= content.keys():
+        raise EvaluationError(f"{path} is no results file of memlong-vllm evaluate")
+    return content
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    pairs = [("command", old["command"], new["command"])]
+    names = sorted(old["settings"].keys() | new["settings"].keys())
+    pairs += [(name, old["settings"].get(name), new["settings"].get(name)) for name in names]
+    # Other machines may go on with a run; other code may not.
+    names = [package.replace("-", "_") for package in PACKAGES]
+    pairs += [(name, old["versions"].get(name), new["versions"].get(name)) for name in names]
+    for label in sorted(old["models"].keys() & new["models"].keys()):
+        before, after = old["models"][label], new["models"][label]
+        names = sorted(before.keys() | after.keys())
+        pairs += [(f"{label}.{name}", before.get(name), after.get(name)) for name in names]
+    return [f"{name} was {before!r}, now {after!r}" for name, before, after in pairs if before != after]

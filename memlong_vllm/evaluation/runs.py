@@ -1,0 +1,229 @@
+"""How every evaluation runs: which models, which rows are missing, and one model after the other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from memlong_vllm.demo_model import demo_checkpoint
+from memlong_vllm.evaluation.models import BASELINES, ModelSpec, describe, model_specs
+from memlong_vllm.evaluation.opening import open_scorer
+from memlong_vllm.evaluation.results import ResultsFile, Row
+from memlong_vllm.evaluation.scoring import EvaluationError, Prompt, Scorer, ScorerSettings
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row that is to be measured.
+
+    Attributes:
+        row: the fields that identify it, ``"model"`` among them.
+        prompt: what is computed for it.
+        expected: what only the task knows about it.
+    """
+
+    row: Row
+    prompt: Prompt
+    expected: Any = None
+
+
+class Task(Protocol):
+    """One kind of evaluation."""
+
+    @property
+    def command(self) -> str:
+        """Its name on the command line and in results files."""
+        ...
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Fields that tell a row from every other."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence, what is generated included."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as JSON; rows of other settings are not mixed with these."""
+        ...
+
+    def items(self, spec: ModelSpec) -> Sequence[Item]:
+        """Everything to measure of a model, what is measured already included."""
+        ...
+
+    def measure(self, scorer: Scorer, items: Sequence[Item]) -> list[Row]:
+        """Measure some items together. Returns their rows, in order."""
+        ...
+
+    def line(self, row: Row) -> str:
+        """A row for a person who waits."""
+        ...
+
+
+def comma_separated(text: str) -> list[int]:
+    """An argument such as ``1024,2048``."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1024,2048") from None
+    if len(set(values)) < len(values) or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} repeats a number or has a negative one")
+    return values
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every evaluation has."""
+    models = parser.add_argument_group("models")
+    models.add_argument("--model", required=True, metavar="DIR", help="MemLong checkpoint, or 'demo'")
+    models.add_argument(
+        "--control", type=Path, metavar="DIR", help="the same training without memory; run with memory off"
+    )
+    models.add_argument(
+        "--baselines", nargs="+", choices=BASELINES, default=[], metavar="KIND",
+        help="'full': the backbone with full attention, also past the length it was trained on; 'window': with "
+        "the model's local window alone",
+    )  # fmt: skip
+    models.add_argument(
+        "--backbone", type=Path, metavar="DIR",
+        help="what baselines are made of (default: the model's own weights without memory parameters; name the "
+        "true base if the model's other weights were trained as well)",
+    )  # fmt: skip
+    models.add_argument(
+        "--random-retrieval", action="store_true", help="also run the model with as many chunks chosen by chance"
+    )
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--memory-sizes", type=comma_separated, metavar="N,…",
+        help="tokens a sequence remembers; 0: memory off (default: 0 and the checkpoint's)",
+    )  # fmt: skip
+    memory.add_argument("--top-k", type=positive, metavar="N", help="chunks a retrieval takes (default: checkpoint's)")
+    running = parser.add_argument_group("running")
+    running.add_argument("--engine", choices=("vllm", "reference"), default="vllm")
+    running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    running.add_argument("--max-model-len", type=positive, metavar="N", help="let sequences exceed the checkpoint's")
+    running.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
+    running.add_argument(
+        "--piece", type=positive, default=512, metavar="N",
+        help="tokens computed at once, which bounds the memory for logits (default: 512)",
+    )  # fmt: skip
+    running.add_argument(
+        "--memlong", type=json_object, default={}, metavar="JSON",
+        help='more of additional_config["memlong"], for example \'{"bank_gib": 16}\' (vLLM only)',
+    )  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, required=True, metavar="JSON", help="results; the same command again completes them"
+    )
+    output.add_argument("--overwrite", action="store_true", help="discard what is in --output")
+
+
+def specs_of(arguments: argparse.Namespace) -> list[ModelSpec]:
+    """The models that the options name.
+
+    Raises:
+        EvaluationError, DemoModelError: naming the option.
+    """
+    model = demo_checkpoint() if arguments.model == "demo" else Path(arguments.model)
+    return model_specs(model, arguments.control, arguments.baselines, arguments.backbone, arguments.random_retrieval)
+
+
+def memory_sizes_of(arguments: argparse.Namespace, main: ModelSpec) -> list[int]:
+    """``--memory-sizes``, checked against the checkpoint."""
+    block = main.config["memlong"]
+    sizes = arguments.memory_sizes
+    if sizes is None:
+        return sorted({0, block["memory_size"]})
+    for size in sizes:
+        if size % block["chunk_size"]:
+            raise EvaluationError(f"--memory-sizes {size} is no multiple of the chunk size ({block['chunk_size']})")
+    return list(sizes)
+
+
+def run_task(
+    task: Task, arguments: argparse.Namespace, specs: Sequence[ModelSpec], sizes: Sequence[int]
+) -> ResultsFile:
+    """Measure what is missing in ``--output``.
+
+    Raises:
+        EvaluationError: before anything is computed, if a sequence is too long for a model or the
+            file is of another run.
+    """
+    for spec in specs:
+        check_reach(spec, task.max_length, arguments.max_model_len)
+    settings = task.settings() | {"engine": arguments.engine, "dtype": arguments.dtype, "memlong": arguments.memlong}
+    settings |= {"memory_sizes": list(sizes), "top_k": arguments.top_k}
+    descriptions = {spec.label: describe(spec) for spec in specs}
+    results = ResultsFile(arguments.output, task.command, settings, descriptions, task.key, arguments.overwrite)
+    with tempfile.TemporaryDirectory(prefix="memlong-evaluate-") as folder:
+        how = ScorerSettings(
+            engine=arguments.engine,
+            dtype=arguments.dtype,
+            # vLLM always generates a token, which is not computed any further.
+            max_length=task.max_length + 1,
+            scratch=Path(folder),
+            memory_size=max(sizes, default=None),
+            top_k=arguments.top_k,
+            batch=arguments.batch,
+            piece=arguments.piece,
+            memlong=arguments.memlong,
+        )
+        for spec in specs:
+            _run_model(task, spec, how, results)
+    return results
+
+
+def check_reach(spec: ModelSpec, length: int, allowed: int | None) -> None:
+    """Raises:
+    EvaluationError: if sequences are longer than the checkpoint says, and nobody allowed it.
+    """
+    # Baselines are measured past the length they were trained on: that is what they are for.
+    if spec.kind == "memlong" and length > max(spec.reach, allowed or 0):
+        raise EvaluationError(
+            f"sequences of {length} tokens are longer than the {spec.reach} of '{spec.label}' ({spec.source}): add "
+            f"--max-model-len {length}, or convert with --max-length {length}"
+        )
+
+
+def _run_model(task: Task, spec: ModelSpec, how: ScorerSettings, results: ResultsFile) -> None:
+    items = task.items(spec)
+    missing = [item for item in items if not results.has(item.row)]
+    if len(missing) < len(items):
+        print(f"{spec.label}: {len(items) - len(missing)} of {len(items)} rows are in {results.path} already")
+    if not missing:
+        return
+    with open_scorer(spec, how) as scorer, tqdm(total=len(missing), desc=spec.label, unit="row") as bar:
+        for start in range(0, len(missing), how.batch):
+            batch = missing[start : start + how.batch]
+            began = time.perf_counter()
+            rows = task.measure(scorer, batch)
+            seconds = round((time.perf_counter() - began) / len(batch), 3)
+            results.append([row | {"seconds": seconds} for row in rows])
+            for row in rows:
+                bar.write(task.line(row))
+            bar.update(len(batch))
