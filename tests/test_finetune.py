@@ -12,8 +12,8 @@ from memlong_vllm.adapters.adapter_file import load_adapter
 from memlong_vllm.cli.convert import convert
 from memlong_vllm.training.finetune import FinetuneJob
 from memlong_vllm.training.run_state import ResumeError
-from memlong_vllm.training.settings import PRESETS, FinetuneSettings, SettingsError, with_overrides
-from memlong_vllm.training.trainable import TrainedParts
+from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
+from memlong_vllm.training.trainable import SettingsError, TrainedParts
 from memlong_vllm.training.trainer import learning_rate_factor
 from tests.checkpoints import Checkpoints
 from tests.engines import Reference

@@ -193,6 +193,16 @@ def test_adapters_know_the_configuration_only() -> None:
     assert "memlong_vllm.adapters.merge" in adapters
 
 
+def test_training_does_without_engine_and_evaluation() -> None:
+    """It needs the reference, the retriever's embedder and adapters, and nobody but commands needs it."""
+    training = folder("memlong_vllm.training")
+    allowed = folder("memlong_vllm.adapters") | folder("memlong_vllm.reference") | SHARED | {"memlong_vllm.ridge"}
+    allowed |= {"memlong_vllm.memories.fingerprint", "memlong_vllm.memories.errors", "memlong_vllm.retriever.embedder"}
+    assert {name for module in training for name in ours(module)} <= training | allowed
+    users = {module for module in sources() if ours(module) & training} - training
+    assert users == {"memlong_vllm.cli.finetune"}
+
+
 def test_only_the_modules_that_must_import_vllm() -> None:
     importing = {module for module in sources() if "vllm" in map(top_level, imports(module, typing=False))}
     allowed = {module for module in sources() if any(fnmatch(module, pattern) for pattern in MAY_IMPORT_VLLM)}

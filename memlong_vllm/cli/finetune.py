@@ -22,7 +22,8 @@ from memlong_vllm.training.documents import (
 from memlong_vllm.training.finetune import FinetuneJob, finetune
 from memlong_vllm.training.recall_documents import RecallRecipe, recall_documents
 from memlong_vllm.training.run_state import ResumeError
-from memlong_vllm.training.settings import PRESETS, FinetuneSettings, SettingsError, with_overrides
+from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
+from memlong_vllm.training.trainable import SettingsError
 
 _ERRORS = (SettingsError, TextsError, ResumeError, RetrieverLoadError, MemoryConfigError, ModelArgumentError)
 

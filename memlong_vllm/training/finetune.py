@@ -92,7 +92,7 @@ def finetune(
     trained = select_trained(model, settings.parts, settings.with_memory)
     half_precision(model, dtype)
     frozen = _frozen_half(job, model, tokenizer, dtype, accelerator)
-    train, valid = (_all_features(frozen, part, say_once) for part in (documents, valid_documents))
+    train, valid = (_all_features(frozen, part, accelerator, say_once) for part in (documents, valid_documents))
     if not resumes:
         _start_memory(model, train, settings, accelerator, say_once)
     trainer = Trainer(model, trained, train, valid, settings, accelerator, folder)
@@ -168,15 +168,16 @@ def _frozen_half(job: FinetuneJob, model: Any, tokenizer: Any, dtype: torch.dtyp
 
 
 def _all_features(
-    frozen: FrozenHalf, documents: Sequence[Document], say: Callable[[str], None]
+    frozen: FrozenHalf, documents: Sequence[Document], accelerator: Any, say: Callable[[str], None]
 ) -> list[DocumentFeatures]:
-    made = []
+    """Of all documents; each process computes its share of what the cache lacks."""
     for idx, document in enumerate(documents):
-        made.append(frozen.features(document))
+        if idx % accelerator.num_processes == accelerator.process_index:
+            frozen.features(document)
         if (idx + 1) % 10 == 0 or idx + 1 == len(documents):
-            tokens = sum(features.hidden.shape[0] for features in made)
-            say(f"frozen half: {idx + 1} of {len(documents)} documents, {tokens:,} tokens")
-    return made
+            say(f"frozen half: {idx + 1} of {len(documents)} documents")
+    accelerator.wait_for_everyone()
+    return [frozen.features(document) for document in documents]
 
 
 def _start_memory(model: Any, train: Sequence[DocumentFeatures], settings: Any, accelerator: Any, say: Any) -> None:

@@ -20,6 +20,10 @@ _FULL = {
 }
 
 
+class SettingsError(ValueError):
+    """A setting is invalid. The message names it, its value and the rule."""
+
+
 @dataclass(frozen=True)
 class TrainedParts:
     """What learns beside the parameters of memory.
@@ -42,12 +46,12 @@ class TrainedParts:
     def __post_init__(self) -> None:
         unknown = [name for name in self.targets if name not in (*ATTENTION, *MLP)]
         if unknown:
-            raise ValueError(f"LoRA targets {unknown} are unknown; there are {[*ATTENTION, *MLP]}")
+            raise SettingsError(f"LoRA targets {unknown} are unknown; there are {[*ATTENTION, *MLP]}")
         unknown = [name for name in self.full if name not in _FULL]
         if unknown:
-            raise ValueError(f"parts to train whole {unknown} are unknown; there are {sorted(_FULL)}")
+            raise SettingsError(f"parts to train whole {unknown} are unknown; there are {sorted(_FULL)}")
         if self.rank < 0 or (self.rank > 0 and self.alpha <= 0):
-            raise ValueError(f"LoRA rank {self.rank} and alpha {self.alpha} must be positive (rank 0: no LoRA)")
+            raise SettingsError(f"LoRA rank {self.rank} and alpha {self.alpha} must be positive (rank 0: no LoRA)")
 
 
 def select_trained(model: MemLongForCausalLM, parts: TrainedParts, with_memory: bool) -> dict[str, nn.Parameter]:

@@ -1,0 +1,137 @@
+"""``memlong-vllm finetune`` as it is called, and under ``accelerate launch``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memlong_vllm.adapters.adapter_file import load_adapter
+from memlong_vllm.cli import main as console
+from tests.checkpoints import Checkpoints, novel
+
+OPTIONS = (
+    "--cpu --precision fp32 --steps 2 --rows 2 --segment-tokens 64 --lora-rank 2 --lora-alpha 4 "
+    "--warmup-steps 0 --learning-rate 1e-3 --valid-tokens 200 --calibrate-tokens 128"
+)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    text = novel()
+    for idx in range(4):
+        (folder / f"{'valid' if idx == 3 else 'train'}{idx}.txt").write_text(text[idx * 6000 : idx * 6000 + 6000])
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """Runs ``memlong-vllm finetune``; returns the exit status and what was printed."""
+
+    def run(*arguments: Any) -> tuple[int, str]:
+        options = ["--cache-dir", str(tmp_path / "cache"), *OPTIONS.split(), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["memlong-vllm", "finetune", *options])
+        status = console.main()
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_texts_become_an_adapter(
+    checkpoints: Checkpoints, texts: Path, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = checkpoints.memlong(gates=0.0, fusion="joint", memory_bias=True, memory_adapter="linear")
+    output = tmp_path / "out" / "adapter.safetensors"
+    status, printed = command(
+        "--model", model, "--output", output, "--texts", texts / "train*.txt", "--valid", texts / "valid3.txt",
+        "--recall-documents", 2, "--recall-tokens", 900, "--document-tokens", 1000, "--bias-start", -1,
+        "--memory-learning-rate", "1e-2", "--train-whole", "norms",
+    )  # fmt: skip
+    assert status == 0, printed
+    assert "linear maps explain" in printed
+    adapter = load_adapter(output)
+    assert adapter.training["settings"]["memory_learning_rate"] == 1e-2
+    assert adapter.training["command"].startswith("memlong-vllm finetune --cache-dir")
+    assert [name.split()[0] for name in adapter.training["train"]] == [
+        "train0.txt",
+        "train1.txt",
+        "train2.txt",
+        *["recall"] * 2,
+    ]
+    assert adapter.training["valid"][0].startswith("valid3.txt (200 tokens")
+    assert "model.layers.3.input_layernorm.weight" in adapter.tensors
+    assert "model.layers.1.input_layernorm.weight" not in adapter.tensors  # What is stored depends on it.
+    lines = [json.loads(line) for line in (Path(f"{output}.run") / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert lines[-1]["validation"]["num_tokens"] > 0
+
+
+def test_a_dataset_in_a_folder(
+    checkpoints: Checkpoints, texts: Path, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = [{"text": (texts / f"train{idx}.txt").read_text()} for idx in range(3)] + [{"text": "too short"}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "adapter.safetensors"
+    status, printed = command(
+        "--model", checkpoints.memlong(), "--output", output, "--dataset", folder, "--max-documents", 4
+    )
+    assert status == 0, printed
+    assert len(load_adapter(output).training["train"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--texts", "nowhere/*.txt"], "no file matches 'nowhere/*.txt'"),
+        ([], "nothing to train on: give --texts or --dataset"),
+        (["--texts", __file__, "--lora-targets", "q_proj,wq"], "LoRA targets ['wq'] are unknown"),
+        (["--texts", __file__, "--document-tokens", "10"], "at least one segment (64) is needed"),
+        (["--texts", __file__, "--rows", "0"], "rows = 0: must be positive"),
+        (["--dataset", "no-such-dataset-here"], "--dataset no-such-dataset-here"),
+    ],
+)
+def test_bad_input_is_named(
+    arguments: list[str], message: str, checkpoints: Checkpoints, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    status, printed = command("--model", checkpoints.memlong(), "--output", tmp_path / "a.safetensors", *arguments)
+    assert (status, message in printed) == (2, True), printed
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter(checkpoints: Checkpoints, texts: Path, tmp_path: Path) -> None:
+    """Data-parallel on the CPU (gloo): both take part, gradients are averaged, one writes."""
+    output = tmp_path / "adapter.safetensors"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    arguments = [
+        "-m", "memlong_vllm.cli.main", "finetune", "--cache-dir", str(tmp_path / "cache"), *OPTIONS.split(),
+        "--model", str(checkpoints.memlong()), "--output", str(output), "--texts", str(texts / "train*.txt"),
+        "--rows", "1", "--save-every", "1",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert load_adapter(output).training["step"] == 2
+    state = Path(f"{output}.run") / "state"
+    ranks = [torch.load(state / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert ranks[0]["streams"]["places"] != ranks[1]["streams"]["places"]
