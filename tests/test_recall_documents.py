@@ -43,6 +43,8 @@ def test_answers_stand_in_the_text_before_but_not_in_the_window(
         question = checkpoints.tokenizer.decode(document.token_ids[position - 24 : position])
         assert question.rstrip().endswith("is")
         assert answer in checkpoints.tokenizer.decode(document.token_ids[:window_start])
+        in_sight = checkpoints.tokenizer.decode(document.token_ids[max(0, window_start) : position])
+        assert answer not in in_sight
         answers += 1
         position = end
     assert answers >= 3

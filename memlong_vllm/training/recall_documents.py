@@ -105,13 +105,15 @@ def recall_document(
     stated = _state_facts(builder, facts, encode, recipe.num_tokens // 3, rng)
     # Whatever was stated has left the window of the segments that ask for it.
     builder.add_prose(memory.local_window + memory.retrieval_stride)
-    copies = recipe.copies
+    copies, asked = recipe.copies, 0
     while len(builder.token_ids) < recipe.num_tokens:
         if copies and rng.random() < 0.25:
             copies -= 1
             _copy_passage(builder, stated, memory.retrieval_stride, recipe.copy_weight, rng)
         else:
-            _ask(builder, rng.choice(facts), encode, memory.retrieval_stride)
+            # In turn, so that an answer has left the window before it is asked for again.
+            _ask(builder, facts[asked % len(facts)], encode, memory.retrieval_stride)
+            asked += 1
     return Document(name, tuple(builder.token_ids), tuple(builder.weights))
 
 
