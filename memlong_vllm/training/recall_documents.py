@@ -74,14 +74,14 @@ class RecallRecipe:
     Attributes:
         num_tokens: about how long one is, in tokens.
         facts: statements per document, put into the first part of it.
-        prose_weight, answer_weight: loss weights of prose and questions, and of answers, which are
-            a few tokens of each segment; copy_weight: that of repeated passages.
+        prose_weight, answer_weight: loss weights of prose and of answers, which are a few tokens of
+            each segment; copy_weight: that of repeated passages. Statements and questions count 0.
         copies: passages of the prose repeated word for word later in the document, per document.
     """
 
     num_tokens: int = 6144
     facts: int = 12
-    prose_weight: float = 0.0
+    prose_weight: float = 1.0
     answer_weight: float = 8.0
     copy_weight: float = 1.0
     copies: int = 3
@@ -121,7 +121,7 @@ def _state_facts(builder: _Builder, facts: Sequence[Fact], encode: Encode, withi
     gaps = [rng.randrange(within // len(facts) // 2, within // len(facts) * 3 // 2) for _ in facts]
     for fact, gap in zip(facts, gaps, strict=True):
         builder.add_prose(gap)
-        builder.add(encode(fact.statement), builder.prose_weight)
+        builder.add(encode(fact.statement), 0.0)  # Nobody can predict these.
     return len(builder.token_ids)
 
 
@@ -131,16 +131,16 @@ def _ask(builder: _Builder, fact: Fact, encode: Encode, stride: int) -> None:
     # The question's last token is the first of a segment.
     end = -(-(length + len(question) + stride // 4) // stride) * stride + 1
     builder.add_prose(end - len(question) - length)
-    builder.add(question, builder.prose_weight)
+    builder.add(question, 0.0)
     builder.add(answer, builder.answer_weight)
-    builder.add(encode("."), builder.prose_weight)
+    builder.add(encode("."), 0.0)
 
 
 def _copy_passage(builder: _Builder, before: int, stride: int, weight: float, rng: random.Random) -> None:
     """Repeat two strides of what stands in the first ``before`` tokens; the second counts."""
     first = rng.randrange(0, max(1, before - 2 * stride))
     passage = builder.token_ids[first : first + 2 * stride]
-    builder.add(passage[:stride], builder.prose_weight)
+    builder.add(passage[:stride], 0.0)
     builder.add(passage[stride:], weight)
 
 

@@ -21,7 +21,8 @@ class FinetuneSettings:
         accumulation: batches an update is made of.
         segment_tokens: tokens of a stream a batch takes (section 4.1: 1024).
         learning_rate: of LoRA and of what is trained whole, after ``warmup_steps`` of linear rise.
-        memory_learning_rate: of gates, biases and adapters of memory; None: ``learning_rate``.
+        memory_learning_rate: of adapters of memory, a tenth of that of gates and biases; None:
+            ``learning_rate``.
         schedule: what the rates do after warm-up.
         bias_start: ``memory_bias`` of a model that has one, before the first step, if it is 0.
         calibrate_tokens: tokens that fresh (identity) ``memory_adapter`` maps are fitted on; 0: not.

@@ -23,7 +23,9 @@ from memlong_vllm.training.streams import SegmentReader, Streams
 from memlong_vllm.training.upper_half import UpperHalf
 from memlong_vllm.training.validation import Validation, validate
 
-_MEMORY_NAMES = (".memory_gate", ".memory_bias", ".memory_k_adapter", ".memory_v_adapter")
+# Gates and biases have one number a head, which must travel far: a bias of -1 to 1 at Adam's steps of
+# the size of the rate would take thousands of steps. Matrices learn at the rate itself.
+_PER_HEAD, _PER_HEAD_FACTOR = (".memory_gate", ".memory_bias"), 10.0
 
 
 def make_accelerator(settings: FinetuneSettings, cpu: bool) -> Accelerator:
@@ -93,12 +95,13 @@ class Trainer:
 
     def _optimizer(self) -> torch.optim.AdamW:
         rate = self.settings.learning_rate
-        of_memory = [p for name, p in self.trained.items() if name.endswith(_MEMORY_NAMES)]
-        others = [p for name, p in self.trained.items() if not name.endswith(_MEMORY_NAMES)]
-        groups = [{"params": others, "lr": rate}]
-        if of_memory:
-            groups.append({"params": of_memory, "lr": self.settings.memory_learning_rate or rate, "weight_decay": 0.0})
-        return torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, betas=(0.9, 0.98))
+        memory_rate = self.settings.memory_learning_rate or rate
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.trained.items():
+            factor = _PER_HEAD_FACTOR if name.endswith(_PER_HEAD) else 1.0
+            groups.setdefault(factor * memory_rate if ".memory_" in name else rate, []).append(parameter)
+        made = [{"params": members, "lr": value} for value, members in groups.items()]
+        return torch.optim.AdamW(made, weight_decay=self.settings.weight_decay, betas=(0.9, 0.98))
 
     def run(self, on_validation: Callable[[int, Validation], None] = lambda step, validation: None) -> None:
         """Train to the end, from where the run was."""
