@@ -151,6 +151,14 @@ def test_sequences_beyond_the_checkpoint_are_refused(
     assert "add --max-model-len 33000, or convert with --max-length 33000" in capsys.readouterr().err
 
 
+def test_what_the_engine_refuses(
+    evaluate: Evaluate, model: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = perplexity(model, texts, tmp_path / "results.json", "--memlong", '{"bank_gib": 1e-6}')
+    assert evaluate(*words) == 2
+    assert "memlong.bank_gib = 1e-06: a sequence of max_model_len (401) may need" in capsys.readouterr().err
+
+
 def test_render(evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("render", tmp_path / "none.json") == 2
     assert "cannot be read as results" in capsys.readouterr().err

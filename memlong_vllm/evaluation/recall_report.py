@@ -103,14 +103,16 @@ def draw(content: dict[str, Any], figure: Any) -> None:
 
 def _draw_lines(axes: Any, rows: Sequence[Row], lines: Sequence[Line]) -> None:
     lengths = distinct(rows, "length")
-    for line in lines:
+    for number, line in enumerate(lines):
         rates = {length: rate for length in lengths if (rate := rate_of(select(rows, line, length=length)))}
         if not rates:
             continue
         errors = [[rate.rate - rate.interval[0] for rate in rates.values()]]
         errors.append([rate.interval[1] - rate.rate for rate in rates.values()])
         values = [rate.rate for rate in rates.values()]
-        axes.errorbar(list(rates), values, errors, label=line_name(line), capsize=2, **line_style(line, lines))
+        # Side by side, or equal lines would hide each other.
+        places = [length * 2 ** (0.02 * (number - (len(lines) - 1) / 2)) for length in rates]
+        axes.errorbar(places, values, errors, label=line_name(line), capsize=2, **line_style(line, lines))
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
@@ -125,7 +127,7 @@ def _draw_depths(axes: Any, rows: Sequence[Row], line: Line) -> None:
     lengths, depths = distinct(rows, "length"), distinct(rows, "depth")
     rates = [[rate_of(select(rows, line, length=length, depth=depth)) for length in lengths] for depth in depths]
     values = [[float("nan") if rate is None else rate.rate for rate in row] for row in rates]
-    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.set_xlabel("tokens of the prompt")
@@ -133,4 +135,5 @@ def _draw_depths(axes: Any, rows: Sequence[Row], line: Line) -> None:
     for y, row in enumerate(rates):
         for x, rate in enumerate(row):
             if rate is not None:
-                axes.text(x, y, f"{rate.num_right}/{rate.num}", ha="center", va="center", fontsize="small")
+                colour = "white" if rate.rate > 0.6 else "black"
+                axes.text(x, y, f"{rate.num_right}/{rate.num}", ha="center", va="center", color=colour)

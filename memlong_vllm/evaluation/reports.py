@@ -114,10 +114,10 @@ def line_name(line: Line) -> str:
 
 
 def line_style(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
-    """Of matplotlib: a model's colour, paler for smaller memories, dashed without any."""
+    """Of matplotlib: a model's colour, paler for smaller memories, dashed with memory off."""
     sizes = sorted(size or 0 for model, size in lines if model == line[0])
     rank = (sizes.index(line[1] or 0) + 1) / len(sizes)
-    style = "-" if line[1] else "--"
+    style = "-" if line[1] else "-." if line[1] is None else "--"
     colour = COLOURS.get(line[0], "#333333")
     return {"color": colour, "alpha": 0.35 + 0.65 * rank, "linestyle": style, "marker": "o", "markersize": 4}
 

@@ -16,6 +16,7 @@ from memlong_vllm.evaluation.models import ModelSpec, end_ids_of
 from memlong_vllm.evaluation.scoring import RANDOM_EMBEDDER, Continuation, EvaluationError, Prompt, ScorerSettings
 from memlong_vllm.memories.errors import MemoryLibraryError
 from memlong_vllm.named import delete_memory, memorize_tokens, memory_params
+from memlong_vllm.retriever.embedder import RetrieverLoadError
 
 MIN_KV_BYTES = 32 << 20
 
@@ -25,6 +26,9 @@ class VllmScorer:
 
     Args:
         spec: the model; its folder as :mod:`memlong_vllm.evaluation.opening` made it.
+
+    Raises:
+        EvaluationError: if vLLM refuses the model or the settings.
     """
 
     def __init__(self, spec: ModelSpec, settings: ScorerSettings) -> None:
@@ -36,7 +40,10 @@ class VllmScorer:
         self._spec, self._batch = spec, settings.batch
         self._trace = settings.scratch / f"trace-{spec.label}.jsonl"
         self._trace_offset = 0
-        self._llm: Any = LLM(model=str(spec.path), **self._options(spec, settings))
+        try:
+            self._llm: Any = LLM(model=str(spec.path), **self._options(spec, settings))
+        except (ValueError, RetrieverLoadError) as error:
+            raise EvaluationError(f"the engine of '{spec.label}' does not start: {_reason(error)}") from error
         self.tokenizer: Any = self._llm.get_tokenizer()
         self.end_ids = end_ids_of(spec.path, self.tokenizer)
 
@@ -181,3 +188,9 @@ class VllmScorer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the object that pydantic prints after it."""
+    errors = getattr(error, "errors", None)
+    return "; ".join(entry["msg"] for entry in errors()) if callable(errors) else str(error)
