@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from memlong_vllm.cli.main import main
 from tests.checkpoints import Checkpoints, novel
 from tests.engines import Engine, Reference
 
@@ -53,3 +54,14 @@ def start_engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     yield start
     while running:
         running.pop().shutdown()
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs ``memlong-vllm evaluate`` with these words; returns its exit status."""
+
+    def run(*words: Any) -> int:
+        monkeypatch.setattr("sys.argv", ["memlong-vllm", "evaluate", *map(str, words)])
+        return main()
+
+    return run

@@ -10,23 +10,11 @@ from typing import Any
 
 import pytest
 
-from memlong_vllm.cli.main import main
 from memlong_vllm.evaluation.results import read_results
 from tests.checkpoints import Checkpoints, novel
 
 Evaluate = Callable[..., int]
 Row = dict[str, Any]
-
-
-@pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> Evaluate:
-    """Run the command with these words; returns its exit status."""
-
-    def run(*words: Any) -> int:
-        monkeypatch.setattr("sys.argv", ["memlong-vllm", "evaluate", *map(str, words)])
-        return main()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from memlong_vllm.evaluation.scoring import EvaluationError
 COMMANDS = {
     "perplexity": "of the end of long texts, against how much of them came before",
     "recall": "of keys and numbers hidden in long prose, by length and depth",
+    "ablation": "perplexities of variants of a checkpoint: other settings, other checkpoints",
+    "icl": "of classifying sentences, with demonstrations in memory, in prompts or retrieved into them",
     "render": "make table and plot again from a results file",
 }
 

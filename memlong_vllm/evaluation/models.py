@@ -31,6 +31,8 @@ class ModelSpec:
         window: tokens that a token attends to in every layer, or None for all.
         random_retrieval: chunks are chosen by chance.
         config: contents of ``config.json``.
+        group: of a variant (:mod:`memlong_vllm.evaluation.variants`), what it is one of.
+        changes: fields of the ``memlong`` block that ``config`` has otherwise than ``path`` does.
     """
 
     label: str
@@ -40,6 +42,8 @@ class ModelSpec:
     window: int | None
     random_retrieval: bool = False
     config: dict[str, Any] = field(default_factory=dict, repr=False)
+    group: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def reach(self) -> int:
@@ -48,11 +52,14 @@ class ModelSpec:
 
     def memory_sizes(self, asked: Sequence[int]) -> list[int | None]:
         """Those of the sizes asked for that tell something about this model. Chunks chosen by chance
-        are those of the main model at size 0, and a control was trained without any."""
+        are those of the main model at size 0, and a control was trained without any. Variants are
+        compared with the main model at its largest."""
         if self.kind == "plain":
             return [None]
         if self.label == CONTROL:
             return [0]
+        if self.group is not None:
+            return [max(asked)]
         return [size for size in asked if size or not self.random_retrieval]
 
 
@@ -85,7 +92,7 @@ def model_specs(
         window = main.window if name == WINDOW else None
         specs.append(ModelSpec(name, source, source, "plain", window, config=config))
     for spec in specs[1:]:
-        _check_same_tokens(main, spec)
+        check_same_tokens(main, spec)
     return specs
 
 
@@ -104,7 +111,7 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, config=config)
 
 
-def _check_same_tokens(main: ModelSpec, other: ModelSpec) -> None:
+def check_same_tokens(main: ModelSpec, other: ModelSpec) -> None:
     """Token ids must mean the same text for all models, or their perplexities cannot be compared."""
     if other.source == main.source:
         return
@@ -130,6 +137,8 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         "path": str(spec.source),
         "attention": "memory" if spec.kind == "memlong" else "full" if spec.window is None else "window",
         "random_retrieval": spec.random_retrieval,
+        "group": spec.group,
+        "changes": spec.changes or None,
         "local_window": spec.window,
         "trained_length": trained,
         "memlong": block if spec.kind == "memlong" else None,

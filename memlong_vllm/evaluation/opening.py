@@ -8,6 +8,7 @@ from pathlib import Path
 from memlong_vllm.evaluation.models import ModelSpec
 from memlong_vllm.evaluation.plain_backbone import plain_backbone
 from memlong_vllm.evaluation.scoring import Scorer, ScorerSettings
+from memlong_vllm.evaluation.varied_checkpoint import varied_checkpoint
 
 
 def open_scorer(spec: ModelSpec, settings: ScorerSettings) -> Scorer:
@@ -15,21 +16,25 @@ def open_scorer(spec: ModelSpec, settings: ScorerSettings) -> Scorer:
     if settings.engine == "vllm":
         from memlong_vllm.evaluation.vllm_scorer import VllmScorer
 
-        return VllmScorer(_with_backbone_made(spec, settings.scratch, spec.window), settings)
+        return VllmScorer(_made(spec, settings.scratch, spec.window), settings)
     if spec.kind == "memlong":
         from memlong_vllm.evaluation.reference_scorer import ReferenceScorer
 
-        return ReferenceScorer(spec, settings)
+        return ReferenceScorer(_made(spec, settings.scratch, None), settings)
     from memlong_vllm.evaluation.transformers_scorer import TransformersScorer
 
     # Windows are masks there: transformers' Llama has no sliding window.
-    return TransformersScorer(_with_backbone_made(spec, settings.scratch, None), settings)
+    return TransformersScorer(_made(spec, settings.scratch, None), settings)
 
 
-def _with_backbone_made(spec: ModelSpec, scratch: Path, window: int | None) -> ModelSpec:
-    if spec.kind == "memlong":
+def _made(spec: ModelSpec, scratch: Path, window: int | None) -> ModelSpec:
+    """The model with a folder to load, which baselines and variants have not yet."""
+    if spec.kind == "memlong" and not spec.changes:
         return spec
-    folder = scratch / f"backbone-{spec.label}"
+    folder = scratch / f"{spec.kind}-{spec.label}"
     if not folder.exists():
-        plain_backbone(spec.source, folder, window)
+        if spec.changes:
+            varied_checkpoint(spec.source, folder, spec.config)
+        else:
+            plain_backbone(spec.source, folder, window)
     return replace(spec, path=folder)

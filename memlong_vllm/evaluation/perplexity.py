@@ -138,7 +138,16 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
     """
     specs = specs_of(arguments)
     sizes = memory_sizes_of(arguments, specs[0])
-    tokenizer = load_tokenizer(specs[0].source)
+    return run_task(task_of(arguments, specs[0], sizes), arguments, specs, sizes)
+
+
+def task_of(arguments: argparse.Namespace, main: ModelSpec, sizes: list[int]) -> Perplexity:
+    """What :func:`add_arguments` asks for.
+
+    Raises:
+        EvaluationError: naming an option.
+    """
+    tokenizer = load_tokenizer(main.source)
     task = Perplexity(
         texts=read_texts(arguments.texts, tokenizer),
         lengths=sorted(arguments.lengths),
@@ -152,7 +161,7 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
         prefix=beginning(tokenizer),
     )
     check(task)
-    return run_task(task, arguments, specs, sizes)
+    return task
 
 
 def check(task: Perplexity) -> None:

@@ -46,7 +46,6 @@ class Recall:
         trials: prompts of every kind, length and depth. A trial's key and prose do not depend on
             the depth.
         min_distance: tokens between needle and prompt's end at least.
-        chunk_size: of the main model.
     """
 
     tokenizer: Any
@@ -60,7 +59,6 @@ class Recall:
     top_k: int | None
     num_keys: int
     min_distance: int
-    chunk_size: int
     seed: int
     command: str = "recall"
     key: tuple[str, ...] = ("model", "kind", "length", "depth", "trial", "memory_size")
@@ -100,6 +98,7 @@ class Recall:
     def items(self, spec: ModelSpec) -> list[Item]:
         items = []
         top_k = self.top_k if spec.kind == "memlong" else None
+        chunk_size = spec.config["memlong"]["chunk_size"] if spec.kind == "memlong" else None
         for kind in self.kinds:
             for length in self.lengths:
                 for trial in range(self.trials):
@@ -108,7 +107,7 @@ class Recall:
                         row = {"model": spec.label, "kind": kind, "length": length, "depth": depth, "trial": trial}
                         for size in spec.memory_sizes(self.sizes):
                             prompt = Prompt(found.token_ids, MemoryUse(size, top_k))
-                            items.append(Item(row | {"memory_size": size}, prompt, found))
+                            items.append(Item(row | {"memory_size": size}, prompt, (found, chunk_size)))
         return items
 
     def measure(self, scorer: Scorer, items: Sequence[Item]) -> list[Row]:
@@ -117,18 +116,21 @@ class Recall:
 
     def judge(self, item: Item, answer: Continuation) -> Row:
         """The fields of a row from what the model said."""
-        asked: RecallPrompt = item.expected
+        asked: RecallPrompt = item.expected[0]
         text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         digits = re.search(r"\d+", text)
         start, end = asked.needle
-        chunks = set(range(start // self.chunk_size, (end - 1) // self.chunk_size + 1))
+        is_retrieved = None
+        if answer.retrieved is not None:
+            size = item.expected[1]
+            is_retrieved = not set(answer.retrieved).isdisjoint(range(start // size, (end - 1) // size + 1))
         return {
             "text": self.texts[item.row["trial"] % len(self.texts)].name,
             "expected": asked.expected,
             "answer": text,
             "correct": digits is not None and digits.group() == asked.expected,
             "needle": [start, end],
-            "needle_retrieved": None if answer.retrieved is None else bool(chunks & set(answer.retrieved)),
+            "needle_retrieved": is_retrieved,
         }
 
     def line(self, row: Row) -> str:
@@ -198,7 +200,6 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
         top_k=arguments.top_k,
         num_keys=arguments.keys,
         min_distance=0 if arguments.allow_window else block["local_window"] + block["chunk_size"],
-        chunk_size=block["chunk_size"],
         seed=arguments.seed,
     )
     return run_task(task, arguments, specs, sizes)

@@ -14,6 +14,8 @@ from memlong_vllm.evaluation.scoring import EvaluationError
 REPORTS = {
     "perplexity": "memlong_vllm.evaluation.perplexity_report",
     "recall": "memlong_vllm.evaluation.recall_report",
+    "ablation": "memlong_vllm.evaluation.ablation_report",
+    "icl": "memlong_vllm.evaluation.icl_report",
 }
 # One colour a model, in every plot; memory sizes are shades of it.
 COLOURS = {

@@ -18,6 +18,7 @@ from memlong_vllm.evaluation.models import BASELINES, ModelSpec, describe, model
 from memlong_vllm.evaluation.opening import open_scorer
 from memlong_vllm.evaluation.results import ResultsFile, Row
 from memlong_vllm.evaluation.scoring import EvaluationError, Prompt, Scorer, ScorerSettings
+from memlong_vllm.evaluation.variants import add_variant_arguments, check_memory_size, variant_specs
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--random-retrieval", action="store_true", help="also run the model with as many chunks chosen by chance"
     )
+    add_variant_arguments(parser)
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--memory-sizes", type=comma_separated, metavar="N,…",
@@ -150,7 +152,11 @@ def specs_of(arguments: argparse.Namespace) -> list[ModelSpec]:
         EvaluationError, DemoModelError: naming the option.
     """
     model = demo_checkpoint() if arguments.model == "demo" else Path(arguments.model)
-    return model_specs(model, arguments.control, arguments.baselines, arguments.backbone, arguments.random_retrieval)
+    specs = model_specs(model, arguments.control, arguments.baselines, arguments.backbone, arguments.random_retrieval)
+    for varied in arguments.vary:
+        if varied.key in arguments.memlong or (varied.key == "top_k" and arguments.top_k is not None):
+            raise EvaluationError(f"--vary {varied.key} and another option that sets it for all models: drop either")
+    return specs + variant_specs(specs[0], arguments.vary, arguments.variant, [spec.label for spec in specs])
 
 
 def memory_sizes_of(arguments: argparse.Namespace, main: ModelSpec) -> list[int]:
@@ -176,6 +182,7 @@ def run_task(
     """
     for spec in specs:
         check_reach(spec, task.max_length, arguments.max_model_len)
+    check_memory_size(specs, max(sizes, default=0))
     settings = task.settings() | {"engine": arguments.engine, "dtype": arguments.dtype, "memlong": arguments.memlong}
     settings |= {"memory_sizes": list(sizes), "top_k": arguments.top_k}
     descriptions = {spec.label: describe(spec) for spec in specs}
