@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "serve a novel with a small real model and ask it questions",
     "memory": "list, import, export and delete named memories",
     "plan": "say how many sequences of a length a card can serve",
+    "probe": "find the layers of a backbone that copy, and which to store and to read",
 }
 
 

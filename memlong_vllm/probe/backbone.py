@@ -48,6 +48,7 @@ class Backbone:
         trained = config.backbone_max_position_embeddings if is_memlong else None
         self.trained_length: int = trained or config.max_position_embeddings
         self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self.model.model.embed_tokens(token_ids)

@@ -63,7 +63,6 @@ class ProbeSettings:
 class ProbeResult:
     """Attributes:
     layers: every layer reading its own memory. readers: of each candidate, ascending.
-    notes: what was left out, for the report.
     """
 
     settings: ProbeSettings
@@ -71,7 +70,6 @@ class ProbeResult:
     layers: LayerMeasures
     readers: tuple[ReaderMeasures, ...]
     proposal: Proposal
-    notes: tuple[str, ...]
 
 
 def geometry_for(settings: ProbeSettings, longest_question: int) -> Geometry:
@@ -105,8 +103,8 @@ def run_probe(model: Any, tokenizer: Any, texts: Sequence[str], settings: ProbeS
         RidgeError: if the passages for maps are too few.
     """
     backbone = Backbone(model)
+    check_backbone(backbone, settings)
     geometry, passages = prepare_texts(tokenizer, texts, settings)
-    check_backbone(backbone, geometry, settings.memory_layers)
     fitted = passages[settings.trials :]
     kept = 2 * (geometry.memory_tokens + geometry.window) * backbone.num_kv_heads * backbone.head_dim * FLOAT32_BYTES
     say(
@@ -121,16 +119,16 @@ def run_probe(model: Any, tokenizer: Any, texts: Sequence[str], settings: ProbeS
     candidates = settings.memory_layers or candidate_layers(layers, settings.candidates)
     readers = measure_candidates(backbone, trials, fitted, candidates, settings, geometry, say)
     proposal = propose(readers) if readers else propose_by_worth(layers)
-    return ProbeResult(settings, geometry, layers, readers, proposal, ())
+    return ProbeResult(settings, geometry, layers, readers, proposal)
 
 
-def check_backbone(backbone: Backbone, geometry: Geometry, memory_layers: Sequence[int]) -> None:
+def check_backbone(backbone: Backbone, settings: ProbeSettings) -> None:
     """Raises:
     ProbeError: if the window exceeds what the backbone was trained on, or a layer does not exist.
     """
-    if geometry.window > backbone.trained_length:
-        raise ProbeError(f"--window {geometry.window}: the backbone was trained on {backbone.trained_length} tokens")
-    for layer in memory_layers:
+    if settings.window > backbone.trained_length:
+        raise ProbeError(f"--window {settings.window}: the backbone was trained on {backbone.trained_length} tokens")
+    for layer in settings.memory_layers:
         if not 0 <= layer < backbone.num_layers:
             raise ProbeError(f"--memory-layer {layer}: the backbone has layers 0 to {backbone.num_layers - 1}")
 

@@ -113,11 +113,14 @@ class QuestionReader:
             if self.unread is not None:
                 scores[1] = scores[1].masked_fill(self.unread[:, None, None], float("-inf"))
             sizes.append(memory.keys.shape[1])
-        weights = (torch.cat(scores, dim=-1) * self.backbone.head_dim**-0.5).softmax(dim=-1).split(sizes, dim=-1)
+        weights = self._softmax(torch.cat(scores, dim=-1)).split(sizes, dim=-1)
         attended = self._shared(weights[0], past_values) + self._own(weights[1], values)
         if memory is not None:
             attended = attended + self._shared(weights[2], memory.values)
         return self.backbone.finish(layer, hidden, attended)
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        return (scores.float() * self.backbone.head_dim**-0.5).softmax(dim=-1).to(self.backbone.dtype)
 
     def _shared(self, left: Tensor, right: Tensor) -> Tensor:
         """Of [questions, heads, tokens, x] and [kv_heads, x, y] that all questions share."""
