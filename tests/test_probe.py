@@ -17,7 +17,7 @@ from memlong_vllm.cli import probe as probe_command
 from memlong_vllm.cli.convert import parse_setting, preset
 from memlong_vllm.probe.measures import LayerMeasures, Samples
 from memlong_vllm.probe.proposal import candidate_layers, propose, propose_by_worth
-from memlong_vllm.probe.readers import ReaderMeasures, spread_layers
+from memlong_vllm.probe.readers import Choice, ReaderMeasures, spread_layers
 from memlong_vllm.probe.trials import Geometry, ProbeError, Trial, build_trials
 from tests.checkpoints import Checkpoints, novel
 
@@ -60,6 +60,17 @@ def test_facts_stand_where_the_geometry_says(checkpoints: Checkpoints, trials: l
             assert question.answer[-1] == len(question.token_ids) - 1
 
 
+def test_an_answer_competes_with_numbers_of_its_length(checkpoints: Checkpoints, trials: list[Trial]) -> None:
+    tokenizer = checkpoints.tokenizer
+    for question in (question for trial in trials for question in trial.questions):
+        for index, rivals in zip(question.answer, question.rivals, strict=True):
+            token = tokenizer.decode(question.token_ids[index])
+            assert question.token_ids[index] in rivals
+            assert {len(tokenizer.decode(rival)) for rival in rivals} == {len(token)}
+            assert all(tokenizer.decode(rival).strip().isdigit() for rival in rivals)
+            assert len(token) > 1 or len(rivals) == 10
+
+
 def test_trials_are_repeatable_and_differ(checkpoints: Checkpoints, trials: list[Trial]) -> None:
     text = [novel()[:60_000]]
     again = build_trials(checkpoints.tokenizer, text, GEOMETRY, num_trials=3, num_facts=2, seed=0)
@@ -100,6 +111,8 @@ def test_end_to_end(checkpoints: Checkpoints, text: str, tmp_path: Path, capsys:
         above = list(range(readers["memory_layer"] + 1, 5))
         assert [row["layer"] for row in readers["layers"]] == above
         assert all(row["key_r_squared"] <= 1 for row in readers["layers"])
+        assert all(choice["layers"][0] == readers["memory_layer"] for choice in readers["choices"])
+        assert max(len(choice["layers"]) for choice in readers["choices"]) <= 4
     assert output.with_suffix(".png").exists() == (importlib.util.find_spec("matplotlib") is not None)
     assert_converts(printed.splitlines(), result["proposal"], tmp_path / "converted")
 
@@ -160,7 +173,7 @@ def test_mistakes_are_named(
 def samples(mean: float, noise: float = 0.01, sign: int = 1) -> Samples:
     """Trials whose mean is exact; of different signs, their differences have an error."""
     by_trial = torch.tensor([mean + sign * noise * (-1) ** trial for trial in range(8)], dtype=torch.float64)
-    return Samples(by_trial, torch.zeros(8))
+    return Samples(by_trial, by_trial, torch.zeros(8))
 
 
 def layer_measures(gains: list[float], drops: list[float], noise: float) -> LayerMeasures:
@@ -170,9 +183,12 @@ def layer_measures(gains: list[float], drops: list[float], noise: float) -> Laye
 
 
 def reader_measures(memory_layer: int, reached: float, noise: float = 0.01) -> ReaderMeasures:
-    own = samples(-3)
-    steps = ((memory_layer, own), (memory_layer + 1, samples(reached, noise, memory_layer % 4 - 2)))
-    return ReaderMeasures(memory_layer, {}, own, {}, {}, own, own, steps)
+    choices = (
+        Choice((memory_layer,), samples(-3)),
+        Choice((memory_layer, memory_layer + 1), samples(reached, noise, memory_layer % 4 - 2)),
+        Choice((memory_layer, memory_layer + 2), samples(-2)),
+    )
+    return ReaderMeasures(memory_layer, {}, {}, samples(-3), {}, choices)
 
 
 def test_the_layer_worth_most_is_proposed() -> None:

@@ -13,7 +13,7 @@ from memlong_vllm.probe.maps import MapFitter, sums_bytes
 from memlong_vllm.probe.measures import LayerMeasures, PreparedTrial, measure_layers
 from memlong_vllm.probe.progress import Say, each
 from memlong_vllm.probe.proposal import Proposal, candidate_layers, propose, propose_by_worth
-from memlong_vllm.probe.readers import ReaderMeasures, measure_readers
+from memlong_vllm.probe.readers import ReaderMeasures, ReaderSearch
 from memlong_vllm.probe.trials import Geometry, ProbeError, Trial, build_trials
 
 # Of the passages for maps, this share is not fitted but gives R².
@@ -117,6 +117,7 @@ def run_probe(model: Any, tokenizer: Any, texts: Sequence[str], settings: ProbeS
     ]
     layers = measure_layers(trials, say)
     candidates = settings.memory_layers or candidate_layers(layers, settings.candidates)
+    say(f"layers worth most: {list(candidate_layers(layers, 5))}; measuring {list(candidates)}")
     readers = measure_candidates(backbone, trials, fitted, candidates, settings, geometry, say)
     proposal = propose(readers) if readers else propose_by_worth(layers)
     return ProbeResult(settings, geometry, layers, readers, proposal)
@@ -150,4 +151,6 @@ def measure_candidates(
     for number, passage in enumerate(each(fitted, "fitting passage", say)):
         fitter.add([passage.context], unseen=number < unseen)
     maps = fitter.fit(settings.ridge)
-    return tuple(measure_readers(trials, layer, maps.get(layer, {}), settings.max_layers, say) for layer in candidates)
+    return tuple(
+        ReaderSearch(trials, layer, maps.get(layer, {}), say).measure(settings.max_layers) for layer in candidates
+    )

@@ -30,16 +30,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Samples:
-    """Means over the questions of each trial, [trials] each: log-probability a digit, and accuracy."""
+    """Means over the questions of each trial, [trials] each; see :class:`Answers`."""
 
     log_probability: Tensor
+    likelihood: Tensor
     accuracy: Tensor
 
     @classmethod
     def of(cls, answers: Sequence[Answers]) -> Samples:
-        return cls(
-            torch.stack([a.log_probability.mean() for a in answers]), torch.stack([a.accuracy.mean() for a in answers])
-        )
+        kinds = zip(*((a.log_probability.mean(), a.likelihood.mean(), a.accuracy.mean()) for a in answers), strict=True)
+        return cls(*map(torch.stack, map(list, kinds)))
 
     def over(self, other: Samples) -> Estimate:
         """How much more log-probability than ``other``'s, paired by trial."""

@@ -44,18 +44,18 @@ def propose_by_worth(measures: LayerMeasures) -> Proposal:
 
 
 def propose(candidates: Sequence[ReaderMeasures]) -> Proposal:
-    """The candidate whose chosen layers reach most; the same rule for ties."""
-    best = max(candidates, key=lambda c: float(c.reached.log_probability.mean()))
-    chosen = best
-    for candidate in sorted(candidates, key=lambda c: c.memory_layer):
-        behind = best.reached.over(candidate.reached)
-        if candidate.memory_layer <= best.memory_layer and behind.mean <= behind.error:
-            chosen = candidate
-            break
+    """The candidate whose best choice of layers reaches most; the same rule for ties."""
+    best = max(candidates, key=lambda c: float(c.best.reached.log_probability.mean()))
+
+    def ties(candidate: ReaderMeasures) -> bool:
+        behind = best.best.reached.over(candidate.best.reached)
+        return candidate.memory_layer < best.memory_layer and behind.mean <= behind.error
+
+    chosen = next((c for c in sorted(candidates, key=lambda c: c.memory_layer) if ties(c)), best)
     others = ", ".join(str(c.memory_layer) for c in candidates if c is not chosen)
-    reason = f"layer {chosen.memory_layer}'s memory, read by {list(chosen.retrieval_layers)}, reaches "
-    reason += f"{float(chosen.reached.log_probability.mean()):.2f} nats a digit"
+    reached = float(chosen.best.reached.log_probability.mean())
+    reason = f"layer {chosen.memory_layer}'s memory, read by these, reaches {reached:.2f} nats a digit"
     reason += f"; tried beside it: {others}" if others else ""
     if chosen is not best:
         reason += f"; layer {best.memory_layer} reaches more, but within the error, and is higher"
-    return Proposal(chosen.memory_layer, chosen.retrieval_layers, reason)
+    return Proposal(chosen.memory_layer, chosen.best.layers, reason)

@@ -14,38 +14,48 @@ from memlong_vllm.probe.reading import Memory
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Layers that read, ascending, and what they reach."""
+
+    layers: tuple[int, ...]
+    reached: Samples
+
+
+@dataclass(frozen=True)
 class ReaderMeasures:
     """One memory layer's keys and values read by it and, mapped, by layers above it.
 
     Attributes:
         own: the memory layer alone reads.
-        alone, added: by layer above: that one alone, and beside the memory layer.
+        added: by layer above: that one beside the memory layer.
         every: the memory layer and all above it.
-        steps: layers chosen one after another, each the best beside those before it, with what is
-            reached; ``(memory_layer, own)`` first.
-        spread: every fourth layer down from the last, beside the memory layer.
+        without: by layer above: all but that one.
+        choices: sets of layers that were tried; the first is the memory layer alone.
     """
 
     memory_layer: int
     maps: Mapping[int, ReaderMap]
-    own: Samples
-    alone: Mapping[int, Samples]
     added: Mapping[int, Samples]
     every: Samples
-    spread: Samples
-    steps: tuple[tuple[int, Samples], ...]
+    without: Mapping[int, Samples]
+    choices: tuple[Choice, ...]
 
     @property
-    def retrieval_layers(self) -> tuple[int, ...]:
-        return tuple(sorted(layer for layer, _ in self.steps))
+    def own(self) -> Samples:
+        return self.choices[0].reached
 
     @property
-    def reached(self) -> Samples:
-        return self.steps[-1][1]
+    def best(self) -> Choice:
+        """The choice that reaches most; of equal ones, that with fewer layers."""
+        return max(self.choices, key=lambda c: (float(c.reached.log_probability.mean()), -len(c.layers)))
 
     def gain(self, layer: int) -> Estimate:
         """Of adding this layer to the memory layer alone."""
         return self.added[layer].over(self.own)
+
+    def drop(self, layer: int) -> Estimate:
+        """Of leaving this layer out of all."""
+        return self.every.over(self.without[layer])
 
 
 def spread_layers(num_layers: int, memory_layer: int) -> tuple[int, ...]:
@@ -63,49 +73,73 @@ class MappedTrial:
         self.memories |= {layer: reader.apply(stored) for layer, reader in maps.items()}
 
     def read(self, layers: Sequence[int], before: Sequence[Tensor] | None = None, first_layer: int = 0) -> list[Tensor]:
-        """States; without ``before``, from the first layer that reads."""
+        """States; ``before`` as in :meth:`QuestionReader.read`, by default of reading nothing."""
         first = first_layer if before is not None else min(layers)
         return self.trial.reader.read({n: self.memories[n] for n in layers}, before or self.trial.none, first)
 
 
-def measure_readers(
-    trials: Sequence[PreparedTrial],
-    memory_layer: int,
-    maps: Mapping[int, ReaderMap],
-    max_layers: int,
-    say: Say,
-) -> ReaderMeasures:
-    """All of :class:`ReaderMeasures`; ``max_layers``: at most so many retrieval layers are chosen."""
-    mapped = [MappedTrial(trial, memory_layer, maps) for trial in trials]
-    above = sorted(maps)
-    states = [trial.read([memory_layer]) for trial in mapped]
+class ReaderSearch:
+    """Measures one memory layer's readers in all trials.
 
-    def measured(layers: Sequence[int], before: Sequence[list[Tensor]] | None = None, first: int = 0) -> Samples:
-        given: Sequence[list[Tensor] | None] = before or [None] * len(mapped)
-        return Samples.of([t.trial.score(t.read(layers, b, first)) for t, b in zip(mapped, given, strict=True)])
+    Two ways of choosing layers are tried, as a circuit of several layers may show in one only:
+    adding the best layer again and again, and keeping those that all the others miss most.
+    """
 
-    own = Samples.of([trial.trial.score(s) for trial, s in zip(mapped, states, strict=True)])
-    say(f"layer {memory_layer}'s memory: reading it alone")
-    alone = {layer: measured([layer]) for layer in above}
-    say(f"layer {memory_layer}'s memory: a second layer reading it")
-    added = {layer: measured([memory_layer, layer], states, layer) for layer in above}
-    steps = [(memory_layer, own)]
-    # What does not help beside the memory layer alone is not tried again: it seldom helps later.
-    waiting = {layer for layer in above if added[layer].over(own).mean > 0}
-    found = dict(added)
-    while waiting and len(steps) < max_layers:
-        best = max(sorted(waiting), key=lambda layer: float(found[layer].log_probability.mean()))
-        improvement = found[best].over(steps[-1][1])
-        if improvement.mean <= improvement.error:
-            break
-        steps.append((best, found[best]))
-        waiting.remove(best)
-        chosen = [layer for layer, _ in steps]
-        say(f"layer {memory_layer}'s memory: reading layers {sorted(chosen)}")
-        states = [trial.read(chosen) for trial in mapped]
-        if len(steps) < max_layers:
-            found = {layer: measured([*chosen, layer], states, layer) for layer in sorted(waiting)}
-    spread = spread_layers(trials[0].backbone.num_layers, memory_layer)
-    return ReaderMeasures(
-        memory_layer, maps, own, alone, added, measured([memory_layer, *above]), measured(spread), tuple(steps)
-    )
+    def __init__(
+        self, trials: Sequence[PreparedTrial], memory_layer: int, maps: Mapping[int, ReaderMap], say: Say
+    ) -> None:
+        self.mapped = [MappedTrial(trial, memory_layer, maps) for trial in trials]
+        self.memory_layer, self.maps, self.above, self.say = memory_layer, maps, sorted(maps), say
+        self.num_layers = trials[0].backbone.num_layers
+
+    def states(self, layers: Sequence[int]) -> list[list[Tensor]]:
+        return [trial.read(layers) for trial in self.mapped]
+
+    def scored(self, states: Sequence[list[Tensor]]) -> Samples:
+        return Samples.of([trial.trial.score(s) for trial, s in zip(self.mapped, states, strict=True)])
+
+    def changed(self, layers: Sequence[int], before: Sequence[list[Tensor]], first: int) -> Samples:
+        """Of ``layers`` reading, where ``before`` is the same below layer ``first``."""
+        return self.scored([t.read(layers, b, first) for t, b in zip(self.mapped, before, strict=True)])
+
+    def choice(self, layers: Sequence[int]) -> Choice:
+        found = Choice(tuple(sorted(layers)), self.scored(self.states(layers)))
+        mean = float(found.reached.log_probability.mean())
+        self.say(f"layer {self.memory_layer}'s memory, read by {list(found.layers)}: {mean:.3f} nats a digit")
+        return found
+
+    def measure(self, max_layers: int) -> ReaderMeasures:
+        """``max_layers``: of a choice, at most."""
+        everyone = [self.memory_layer, *self.above]
+        states = self.states(everyone)
+        every = self.scored(states)
+        without = {n: self.changed([o for o in everyone if o != n], states, n) for n in self.above}
+        states = self.states([self.memory_layer])
+        added = {n: self.changed([self.memory_layer, n], states, n) for n in self.above}
+        choices = [self.choice([self.memory_layer])]
+        missed = sorted(self.above, key=lambda n: (float(without[n].log_probability.mean()), n))
+        spread = spread_layers(self.num_layers, self.memory_layer)
+        for layers in ([self.memory_layer, *missed[: max_layers - 1]], [*spread[:1], *spread[:0:-1][: max_layers - 1]]):
+            if tuple(sorted(layers)) not in [choice.layers for choice in choices]:
+                choices.append(self.choice(layers))
+        choices += self.grown(choices[0], added, max_layers)
+        return ReaderMeasures(self.memory_layer, self.maps, added, every, without, tuple(choices))
+
+    def grown(self, start: Choice, added: Mapping[int, Samples], max_layers: int) -> list[Choice]:
+        """The best layer added again and again, while that helps by more than its error.
+
+        What does not help beside the memory layer alone is not tried again: it seldom helps later.
+        """
+        choices, found = [start], dict(added)
+        waiting = {n for n in self.above if added[n].over(start.reached).mean > 0}
+        while waiting and len(choices) < max_layers:
+            best = max(sorted(waiting), key=lambda n: float(found[n].log_probability.mean()))
+            improvement = found[best].over(choices[-1].reached)
+            if improvement.mean <= improvement.error:
+                break
+            waiting.remove(best)
+            choices.append(self.choice([*choices[-1].layers, best]))
+            layers = choices[-1].layers
+            states = self.states(layers)
+            found = {n: self.changed([*layers, n], states, n) for n in sorted(waiting)}
+        return choices[1:]

@@ -26,10 +26,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of each question, [questions] float64 each: the log-probability of its answer (nats a digit),
-    and the share of the answer's tokens that are the most probable."""
+    """How each question's answer was predicted, [questions] float64 each.
+
+    Attributes:
+        log_probability: of its digits among numbers of their length, nats a digit; ``-ln 10`` is a
+            guess. Among all tokens, most of what memory changes would be how likely *any* number
+            is, which says nothing of copying.
+        likelihood: the same among all tokens.
+        accuracy: the share of its tokens that are the most probable numbers; 0.1 is a guess where
+            tokens are single digits.
+    """
 
     log_probability: Tensor
+    likelihood: Tensor
     accuracy: Tensor
 
 
@@ -137,11 +146,17 @@ class QuestionReader:
 
 @torch.inference_mode()
 def score_answers(backbone: Backbone, output: Tensor, questions: Sequence[Question]) -> Answers:
-    """How the questions' answers are predicted from the last layer's output [questions, tokens, hidden]."""
-    log_probability, accuracy = [], []
+    """How the answers are predicted from the last layer's output [questions, tokens, hidden]."""
+    rows = []
     for row, question in enumerate(questions):
         predicted = backbone.log_probabilities(output[row, [i - 1 for i in question.answer]])
-        wanted = torch.tensor([question.token_ids[i] for i in question.answer], device=predicted.device)
-        log_probability.append(predicted.gather(1, wanted[:, None]).sum().double() / len(question.number))
-        accuracy.append((predicted.argmax(dim=-1) == wanted).double().mean())
-    return Answers(torch.stack(log_probability).cpu(), torch.stack(accuracy).cpu())
+        sums = torch.zeros(3, dtype=torch.float64)
+        for scores, index, rivals in zip(predicted, question.answer, question.rivals, strict=True):
+            wanted = question.token_ids[index]
+            numbers = scores[list(rivals)].log_softmax(dim=0)
+            place = rivals.index(wanted)
+            right = numbers.argmax() == place
+            sums += torch.tensor([numbers[place].item(), scores[wanted].item(), right.item()])
+        digits, tokens = len(question.number), len(question.answer)
+        rows.append(sums / torch.tensor([digits, digits, tokens]))
+    return Answers(*torch.stack(rows).unbind(dim=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,8 @@ from memlong_vllm.probe.experiment import ProbeResult
 from memlong_vllm.probe.measures import Estimate, Samples
 from memlong_vllm.probe.readers import ReaderMeasures
 
+GUESS = -math.log(10)
+HEAD = "| layers reading | log-probability | among all tokens | accuracy |"
 PACKAGES = ("memlong-vllm", "torch", "transformers")
 
 
@@ -64,7 +67,12 @@ def to_json(result: ProbeResult, model: str, texts: Sequence[str]) -> dict[str, 
         "versions": {name: _version(name) for name in PACKAGES},
         "settings": asdict(result.settings),
         "geometry": asdict(result.geometry) | {"context_tokens": result.geometry.context_tokens},
-        "unit": "log-probability of the answer, nats a digit; errors are standard errors over trials",
+        "units": {
+            "log_probability": f"of the answer's digits among numbers, nats a digit; a guess: {GUESS:.3f}",
+            "likelihood": "of the answer's digits among all tokens, nats a digit",
+            "accuracy": "share of the answer's tokens that are the most probable numbers",
+            "error": "standard error over trials",
+        },
         "none": _samples(measures.none),
         "every_layer": _samples(measures.every),
         "in_window": _samples(measures.ceiling),
@@ -84,6 +92,7 @@ def _version(package: str) -> str:
 def _samples(samples: Samples) -> dict[str, Any]:
     return {
         "log_probability": asdict(Estimate.of(samples.log_probability)),
+        "likelihood": asdict(Estimate.of(samples.likelihood)),
         "accuracy": asdict(Estimate.of(samples.accuracy)),
         "log_probability_by_trial": samples.log_probability.tolist(),
     }
@@ -92,18 +101,17 @@ def _samples(samples: Samples) -> dict[str, Any]:
 def _readers(readers: ReaderMeasures) -> dict[str, Any]:
     return {
         "memory_layer": readers.memory_layer,
-        "own": _samples(readers.own),
-        "every_layer_above": _samples(readers.every),
-        "every_fourth": _samples(readers.spread),
-        "steps": [{"layer": layer, "reached": _samples(samples)} for layer, samples in readers.steps],
+        "every_layer": _samples(readers.every),
+        "choices": [{"layers": choice.layers, "reached": _samples(choice.reached)} for choice in readers.choices],
         "layers": [
             {
                 "layer": layer,
                 "key_r_squared": reader.key_r_squared,
                 "value_r_squared": reader.value_r_squared,
                 "gain": asdict(readers.gain(layer)),
-                "alone": _samples(readers.alone[layer]),
+                "drop": asdict(readers.drop(layer)),
                 "added": _samples(readers.added[layer]),
+                "without": _samples(readers.without[layer]),
             }
             for layer, reader in readers.maps.items()
         ],
@@ -118,11 +126,13 @@ def to_markdown(result: ProbeResult, model: str) -> str:
         "",
         f"{settings.trials} passages of {geometry.context_tokens} tokens with {settings.facts} questions each; window "
         f"{geometry.window}; of {geometry.num_chunks} chunks of {geometry.chunk_size} tokens a question "
-        f"reads {memory}. Log-probability in nats a digit, ± standard error over passages; "
-        "accuracy is that of the answer's tokens.",
+        f"reads {memory}. Log-probability: of the answer's digits among numbers, nats a digit, ± standard error "
+        f"over passages; a guess has {GUESS:.2f}. Accuracy: the answer's tokens that are the most probable numbers.",
         "",
-        "| layers reading their own memory | log-probability | accuracy |",
-        "| --- | ---: | ---: |",
+        "## Layers reading their own memory",
+        "",
+        HEAD,
+        "| --- | ---: | ---: | ---: |",
         _reading("none", measures.none),
         _reading("every layer", measures.every),
         _reading("none, the fact within the window", measures.ceiling),
@@ -142,33 +152,28 @@ def to_markdown(result: ProbeResult, model: str) -> str:
 
 
 def _readers_table(readers: ReaderMeasures) -> list[str]:
-    layer = readers.memory_layer
     lines = [
-        f"## Layer {layer}'s memory, read by the layers above through fitted linear maps",
+        f"## Layer {readers.memory_layer}'s memory, read by it and through fitted linear maps by layers above",
         "",
-        "| layers reading | log-probability | accuracy |",
-        "| --- | ---: | ---: |",
-        _reading(f"{layer} alone", readers.own),
+        HEAD,
+        "| --- | ---: | ---: | ---: |",
+        *(_reading(", ".join(map(str, choice.layers)), choice.reached) for choice in readers.choices),
+        _reading("all from there up", readers.every),
     ]
-    chosen = [layer]
-    for added, samples in readers.steps[1:]:
-        chosen = sorted([*chosen, added])
-        lines.append(_reading(f"chosen: {', '.join(map(str, chosen))}", samples))
-    lines += [_reading(f"{layer} and every fourth above", readers.spread), _reading("all above", readers.every)]
     if not readers.maps:
         return lines
-    lines += ["", "| layer | R² keys | R² values | gain beside the memory layer | accuracy |"]
+    lines += ["", "| layer | R² keys | R² values | gain beside the memory layer | drop when left out of all |"]
     lines.append("| ---: | ---: | ---: | ---: | ---: |")
     for above, reader in readers.maps.items():
         fit = f"{reader.key_r_squared:.2f} | {reader.value_r_squared:.2f}"
-        accuracy = readers.added[above].accuracy.mean()
-        lines.append(f"| {above} | {fit} | {_signed(readers.gain(above))} | {accuracy:.2f} |")
+        lines.append(f"| {above} | {fit} | {_signed(readers.gain(above))} | {_signed(readers.drop(above))} |")
     return lines
 
 
 def _reading(name: str, samples: Samples) -> str:
     estimate = Estimate.of(samples.log_probability)
-    return f"| {name} | {estimate.mean:.3f} ± {estimate.error:.3f} | {samples.accuracy.mean():.2f} |"
+    means = f"{samples.likelihood.mean():.3f} | {samples.accuracy.mean():.2f}"
+    return f"| {name} | {estimate.mean:.3f} ± {estimate.error:.3f} | {means} |"
 
 
 def _signed(estimate: Estimate) -> str:

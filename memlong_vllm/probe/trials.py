@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import string
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 NUM_DIGITS = 5
 SYLLABLES = ("bar", "den", "fol", "gar", "hol", "kes", "lin", "mor", "nor", "pel", "ros", "sil", "tam", "ver", "wex")
 ENDINGS = ("by", "combe", "ford", "ham", "ley", "mouth", "ster", "ton", "well", "wick")
+# As vocabularies write it: a marker of the space before, and digits.
+NUMBER = re.compile("([Ġ▁]?)([0-9]+)")
 FACT = " The number of {name} is {number}."
 QUESTION = "\n\nWhat is the number of {name}? The number of {name} is"
 
@@ -73,13 +75,19 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of a question with its answer; ``answer`` are the indices of the answer's digits."""
+    """Token ids of a question with its answer, the ``number`` that ``chunk`` gives to ``name``.
+
+    Attributes:
+        answer: indices of the answer's tokens that are digits.
+        rivals: of each of them, the token ids of all numbers of its length, its own among them.
+    """
 
     name: str
     number: str
     chunk: int
     token_ids: tuple[int, ...]
     answer: tuple[int, ...]
+    rivals: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -102,16 +110,33 @@ def random_names(rng: random.Random, count: int) -> list[str]:
     return list(names)
 
 
-def build_question(tokenizer: Any, name: str, number: str, chunk: int) -> Question:
-    """The answer's tokens are those with a digit after the longest prefix that question and
+def number_tokens(tokenizer: Any) -> dict[int, tuple[int, ...]]:
+    """By token that is a number: all tokens that are numbers of its length (alike in a space before).
+
+    Raises:
+        ProbeError: if the vocabulary has no digits.
+    """
+    groups: dict[tuple[str, int], list[int]] = {}
+    for token, token_id in tokenizer.get_vocab().items():
+        if found := NUMBER.fullmatch(token):
+            groups.setdefault((found[1], len(found[2])), []).append(token_id)
+    if not groups:
+        raise ProbeError("the model's tokenizer has no digits: numbers cannot be asked for")
+    return {token_id: tuple(sorted(group)) for group in groups.values() for token_id in group}
+
+
+def build_question(
+    tokenizer: Any, numbers: dict[int, tuple[int, ...]], name: str, number: str, chunk: int
+) -> Question:  # fmt: skip
+    """The answer's tokens are the numbers after the longest prefix that question and
     question-with-answer share: tokenizers differ in where they put the space before a number."""
     asked = encode(tokenizer, QUESTION.format(name=name))
     token_ids = encode(tokenizer, QUESTION.format(name=name) + " " + number)
     shared = next((i for i, (a, b) in enumerate(zip(asked, token_ids, strict=False)) if a != b), len(asked))
-    digits = [i for i in range(shared, len(token_ids)) if set(tokenizer.decode(token_ids[i])) & set(string.digits)]
-    if not digits:
-        raise ProbeError("the model's tokenizer has no digits: numbers cannot be asked for")
-    return Question(name, number, chunk, tuple(token_ids), tuple(digits))
+    answer = tuple(i for i in range(shared, len(token_ids)) if token_ids[i] in numbers)
+    if not answer:
+        raise ProbeError(f"the model's tokenizer makes no number of {number!r}: numbers cannot be asked for")
+    return Question(name, number, chunk, tuple(token_ids), answer, tuple(numbers[token_ids[i]] for i in answer))
 
 
 def insert_fact(tokenizer: Any, rng: random.Random, prose: Sequence[int], fact: Sequence[int]) -> list[int]:
@@ -121,12 +146,19 @@ def insert_fact(tokenizer: Any, rng: random.Random, prose: Sequence[int], fact: 
     return [*prose[:cut], *fact, *prose[cut:]]
 
 
-def build_trial(tokenizer: Any, rng: random.Random, prose: Sequence[int], geometry: Geometry, num_facts: int) -> Trial:
+def build_trial(
+    tokenizer: Any,
+    numbers: dict[int, tuple[int, ...]],
+    rng: random.Random,
+    prose: Sequence[int],
+    geometry: Geometry,
+    num_facts: int,
+) -> Trial:
     """A trial whose passage is cut from ``prose`` (at least ``context_tokens`` token ids)."""
     chunks = sorted(rng.sample(geometry.fact_chunks, min(num_facts, len(geometry.fact_chunks))))
     names = random_names(rng, len(chunks))
-    numbers = ["".join(rng.choices(string.digits[1:], k=NUM_DIGITS)) for _ in chunks]
-    facts = {c: (n, digits) for c, n, digits in zip(chunks, names, numbers, strict=True)}
+    answers = [str(rng.randrange(10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS)) for _ in chunks]
+    facts = dict(zip(chunks, zip(names, answers, strict=True), strict=True))
     context: list[int] = []
     used = 0
     for chunk in range(geometry.num_chunks):
@@ -137,7 +169,7 @@ def build_trial(tokenizer: Any, rng: random.Random, prose: Sequence[int], geomet
         context += insert_fact(tokenizer, rng, prose[used : used + room], fact)
         used += room
     context += prose[used : used + geometry.context_tokens - len(context)]
-    questions = tuple(build_question(tokenizer, name, digits, chunk) for chunk, (name, digits) in facts.items())
+    questions = tuple(build_question(tokenizer, numbers, *fact, chunk) for chunk, fact in facts.items())
     return Trial(tuple(context), questions)
 
 
@@ -156,9 +188,9 @@ def build_trials(
             f"the texts give {len(pieces)} passages of {geometry.context_tokens} tokens, --trials asks for "
             f"{num_trials}: give more --texts or fewer --trials"
         )
-    rng = random.Random(seed)
+    rng, numbers = random.Random(seed), number_tokens(tokenizer)
     chosen = [pieces[i * len(pieces) // num_trials] for i in range(num_trials)]
-    return [build_trial(tokenizer, rng, piece, geometry, num_facts) for piece in chosen]
+    return [build_trial(tokenizer, numbers, rng, piece, geometry, num_facts) for piece in chosen]
 
 
 def cut_pieces(tokenizer: Any, texts: Sequence[str], size: int) -> list[list[int]]:
