@@ -70,6 +70,7 @@ def test_readers_are_measured_as_if_from_the_start(
         assert torch.allclose(choice.reached.log_probability, whole(*choice.layers), atol=1e-6)
     assert found.own is found.choices[0].reached
     assert all(len(choice.layers) <= 3 and choice.layers[0] == 1 for choice in found.choices)
+    assert [choice.layers for choice in search.measure(max_layers=1).choices] == [(1,)]
     best = max(float(choice.reached.log_probability.mean()) for choice in found.choices)
     assert float(found.best.reached.log_probability.mean()) == best
 

@@ -31,11 +31,15 @@ def load_model(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """Model and tokenizer of a MemLong checkpoint (as the reference), a Llama folder or a GGUF file.
 
     Raises:
-        ConversionError, MemoryConfigError: if it cannot be read or could not become a MemLong checkpoint.
+        ConversionError, MemoryConfigError, ProbeError: if it cannot be read or could not become a
+            MemLong checkpoint.
     """
     if is_memlong(path):
-        model = MemLongForCausalLM.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path, config=model.config)
+        try:
+            model = MemLongForCausalLM.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path, config=model.config)
+        except (OSError, ValueError) as error:
+            raise ProbeError(f"{path} cannot be loaded as a MemLong checkpoint: {error}") from error
     else:
         model, tokenizer = load_base(path, dtype)
     memlong_config(model.config, {"memory_layer": 0, "retrieval_layers": [0]}, None)  # Refuses what convert does.
@@ -47,7 +51,10 @@ def load_model(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
 
 def is_memlong(path: Path) -> bool:
     config = path / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == MemLongConfig.model_type
+    try:
+        return config.is_file() and json.loads(config.read_text())["model_type"] == MemLongConfig.model_type
+    except (ValueError, LookupError, TypeError):
+        return False  # Loading it says what is wrong.
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
