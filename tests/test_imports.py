@@ -228,6 +228,21 @@ def test_linear_maps_need_torch_only() -> None:
     assert set(map(top_level, imports("memlong_vllm.ridge"))) <= {"torch", "__future__"}
 
 
+def test_the_probe_is_a_tool_of_its_own() -> None:
+    """Only its command imports it, and it knows nothing of how memory is served."""
+    edges = graph()
+    assert {m for m in sources() if edges[m] & folder("memlong_vllm.probe")} - folder("memlong_vllm.probe") == {
+        "memlong_vllm.cli.probe"
+    }
+    served = {f"memlong_vllm.{side}" for side in ("scheduler", "worker", "memories", "retriever", "endpoints")}
+    reached = reachable(graph(typing=False), folder("memlong_vllm.probe"))
+    assert not any(reached & folder(side) for side in served)
+
+
+def test_the_probes_trials_need_neither_torch_nor_transformers() -> None:
+    assert not {"torch", "transformers"} & set(map(top_level, imports("memlong_vllm.probe.trials")))
+
+
 @pytest.mark.parametrize("module", sorted(folder("memlong_vllm.reference")))
 def test_the_reference_imports_nothing_of_ours_from_outside(module: str) -> None:
     """It is copied into checkpoints, so what it imports of itself must be named relatively."""

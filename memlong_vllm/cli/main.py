@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune": "train what reads from memory, and write it as an adapter",
     "memory": "list, import, export and delete named memories",
     "plan": "say how many sequences of a length a card can serve",
+    "probe": "find the layers of a backbone that copy, and which to store and to read",
 }
 
 

@@ -1,0 +1,160 @@
+"""``memlong-vllm probe``: the layers of a Llama backbone that copy, and which to store and to read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from memlong_vllm.cli.convert import ConversionError, load_base, memlong_config
+from memlong_vllm.cli.demo import NOVEL
+from memlong_vllm.config import MemLongConfig, MemoryConfigError
+from memlong_vllm.demo_model import DemoModelError, demo_checkpoint
+from memlong_vllm.probe.experiment import ProbeResult, ProbeSettings, run_probe
+from memlong_vllm.probe.plot import can_plot, plot
+from memlong_vllm.probe.report import convert_command, to_json, to_markdown
+from memlong_vllm.probe.trials import ProbeError
+from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+from memlong_vllm.ridge import RidgeError
+
+DEMO = "demo"
+DEFAULTS = ProbeSettings()
+
+
+def load_model(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a MemLong checkpoint (as the reference), a Llama folder or a GGUF file.
+
+    Raises:
+        ConversionError, MemoryConfigError, ProbeError: if it cannot be read or could not become a
+            MemLong checkpoint.
+    """
+    if is_memlong(path):
+        try:
+            model = MemLongForCausalLM.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path, config=model.config)
+        except (OSError, ValueError) as error:
+            raise ProbeError(f"{path} cannot be loaded as a MemLong checkpoint: {error}") from error
+    else:
+        model, tokenizer = load_base(path, dtype)
+    memlong_config(model.config, {"memory_layer": 0, "retrieval_layers": [0]}, None)  # Refuses what convert does.
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ProbeError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def is_memlong(path: Path) -> bool:
+    config = path / "config.json"
+    try:
+        return config.is_file() and json.loads(config.read_text())["model_type"] == MemLongConfig.model_type
+    except (ValueError, LookupError, TypeError):
+        return False  # Loading it says what is wrong.
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """Raises:
+    ProbeError: naming the file that cannot be read.
+    """
+    if not paths and not NOVEL.is_file():
+        raise ProbeError("the novel is in the source checkout only (examples/data): name texts with --texts FILE")
+    texts = []
+    for path in paths or [NOVEL]:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+            raise ProbeError(f"--texts {path}: {reason}") from error
+    return texts
+
+
+def check_output(path: Path | None) -> None:
+    """Before minutes of work: Raises ProbeError if ``path`` cannot be written."""
+    if path is None:
+        return
+    if path.suffix != ".json":
+        raise ProbeError(f"--output {path}: must end in .json; table and plot are written beside it")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ProbeError(f"--output {path}: {path.parent} is no folder to write a file in")
+
+
+def write_result(result: ProbeResult, path: Path, model: str, texts: Sequence[str], markdown: str) -> None:
+    path.write_text(json.dumps(to_json(result, model, texts), indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    written = [path, path.with_suffix(".md")]
+    if can_plot():
+        plot(result, path.with_suffix(".png"))
+        written.append(path.with_suffix(".png"))
+    else:
+        say("no plot: matplotlib is not installed (pip install 'memlong-vllm[eval]')")
+    print(f"written: {', '.join(map(str, written))}")
+
+
+def say(text: str) -> None:
+    print(f"probe: {text}", file=sys.stderr, flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Llama folder, a .gguf file, a MemLong checkpoint, or 'demo'")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="prose (default: a novel)")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write all rows; .md and .png go beside it")
+    numbers = (
+        ("window", "W", "tokens of the sliding window"),
+        ("chunk_size", "N", "tokens of a chunk"),
+        ("chunks", "N", "chunks a question reads"),
+        ("trials", "N", "passages with questions"),
+        ("facts", "N", "facts and questions of a passage, at most"),
+        ("candidates", "N", "memory layers whose readers are measured; 0: only the layers themselves"),
+        ("fit_passages", "N", "passages for the readers' linear maps"),
+        ("max_layers", "N", "retrieval layers to propose at most"),
+        ("seed", "N", "of names, numbers and places"),
+    )
+    for name, metavar, text in numbers:
+        default = getattr(DEFAULTS, name)
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=default, metavar=metavar, help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--memory-layer", dest="memory_layers", type=int, nargs="+", default=[], metavar="LAYER",
+        help="measure the readers of these layers instead of the candidates",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distractors", choices=("prose", "facts"), default="prose",
+        help="what a question reads beside its own chunk: chunks without facts, or those of the other facts too",
+    )  # fmt: skip
+    parser.add_argument("--ridge", type=float, default=DEFAULTS.ridge, help=f"of the maps (default: {DEFAULTS.ridge})")
+    parser.add_argument("--device", default="cpu", help="torch device, for example cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+
+
+def settings_of(arguments: argparse.Namespace) -> ProbeSettings:
+    names = ("window", "chunk_size", "chunks", "trials", "facts", "candidates", "fit_passages", "max_layers", "ridge")
+    return ProbeSettings(
+        **{name: getattr(arguments, name) for name in names},
+        seed=arguments.seed,
+        memory_layers=tuple(sorted(set(arguments.memory_layers))),
+        facts_distract=arguments.distractors == "facts",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        settings = settings_of(arguments)
+        check_output(arguments.output)
+        texts = read_texts(arguments.texts)
+        path = demo_checkpoint() if arguments.model == DEMO else Path(arguments.model)
+        model, tokenizer = load_model(path, getattr(torch, arguments.dtype), arguments.device)
+        result = run_probe(model, tokenizer, texts, settings, say)
+    except (ProbeError, RidgeError, ConversionError, MemoryConfigError, DemoModelError) as error:
+        print(f"memlong-vllm probe: {error}", file=sys.stderr)
+        return 2
+    markdown = to_markdown(result, arguments.model)
+    print(markdown)
+    print(convert_command(result, "BASE" if is_memlong(path) else str(path)))
+    if arguments.output is not None:
+        write_result(result, arguments.output, arguments.model, [str(p) for p in arguments.texts], markdown)
+    return 0
