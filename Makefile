@@ -11,7 +11,7 @@ demo: setup ## build the demo model and ask questions about a novel
 	$(RUN)/memlong-vllm demo
 
 test: setup ## the whole suite but what is marked slow
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: setup ## the checks that take minutes each
 	$(RUN)/python -m pytest -m slow
