@@ -201,6 +201,7 @@ def test_groups_and_their_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     models = {
         "memlong": described(),
         "random": described(random_retrieval=True),
+        "control": described(),
         "top_k=16": described(group="top_k", changes={"top_k": 16}),
         "top_k=2": described(group="top_k", changes={"top_k": 2}),
         "fusion=joint": described(group="fusion", changes={"fusion": "joint"}),
@@ -213,7 +214,7 @@ def test_groups_and_their_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     results = ResultsFile(tmp_path / "r.json", "ablation", settings, models, ("model", "text", "memory_size"))
     for text, level in (("a", 2.0), ("b", 3.0)):
         for number, model in enumerate(models):
-            for size in (0, 64) if model == "memlong" else (64,):
+            for size in {"memlong": (0, 64), "control": (0,)}.get(model, (64,)):
                 common = {"model": model, "text": text, "window": 0, "length": 128, "memory_size": size}
                 nll = level + number / 10 + (0.5 if size == 0 else 0)
                 results.append([common | {"tokens": 32, "nll": nll, "ppl": math.exp(nll)}])
@@ -221,14 +222,14 @@ def test_groups_and_their_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     names = {group: [choice.title for choice in choices] for group, choices in groups.items()}
     assert names == {
         "memory_size": ["off", "64"],
-        "other models": ["memlong, memory 64", "random, memory 64"],
+        "other models": ["memlong", "random", "control, memory off"],
         "top_k": ["2", "8", "16"],
         "fusion": ["gated", "joint †"],
         "query_scope": ["preceding", "current ‡"],
-        "checkpoint": ["memlong, memory 64", "later, memory 64"],
+        "checkpoint": ["memlong", "later"],
     }
     write_report(results.path)
     shown = capsys.readouterr().out
     assert "| 8 | 12.182 (as it is) |" in shown
-    assert "| 2 | 16.445 (+0.3000 ± 0.0000) |" in shown
+    assert "| 2 | 18.174 (+0.4000 ± 0.0000) |" in shown
     assert "‡ queries of a segment are its own text" in shown

@@ -10,7 +10,7 @@ COMMANDS = {
     "adapter": "look at what fine-tuning learned; exchange it with the PEFT library",
     "convert": "make a MemLong checkpoint from a local Llama model",
     "demo": "serve a novel with a small real model and ask it questions",
-    "evaluate": "measure perplexity and recall of a checkpoint beside controls and baselines",
+    "evaluate": "measure perplexity, recall and learning in context of a checkpoint, and ablate it",
     "finetune": "train what reads from memory, and write it as an adapter",
     "memory": "list, import, export and delete named memories",
     "plan": "say how many sequences of a length a card can serve",

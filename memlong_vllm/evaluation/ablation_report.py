@@ -52,20 +52,21 @@ def groups_of(content: dict[str, Any]) -> dict[str, list[Choice]]:
         group = content["models"][line[0]].get("group") or OTHERS
         if group not in groups:
             groups[group] = [_own(content, group, base)]
-        groups[group].append(_choice(content, group, line))
+        groups[group].append(_choice(content, group, line, base))
     return {group: _in_order(choices) for group, choices in groups.items()}
 
 
 def _own(content: dict[str, Any], group: str, base: Line) -> Choice:
-    block = content["model"]["memlong"]
-    name = line_name(base) if group in (CHECKPOINT, OTHERS) else _text(block[group])
+    name = base[0] if group in (CHECKPOINT, OTHERS) else _text(content["model"]["memlong"][group])
     return Choice(name, base, _marks(content["model"]))
 
 
-def _choice(content: dict[str, Any], group: str, line: Line) -> Choice:
+def _choice(content: dict[str, Any], group: str, line: Line, base: Line) -> Choice:
     description = content["models"][line[0]]
-    name = line_name(line) if group in (CHECKPOINT, OTHERS) else _text(description["changes"][group])
-    return Choice(name, line, _marks(description))
+    marks = _marks(description)
+    if group not in (CHECKPOINT, OTHERS):
+        return Choice(_text(description["changes"][group]), line, marks)
+    return Choice(line[0] if line[1] in (None, base[1]) else line_name(line), line, marks)
 
 
 def _marks(description: dict[str, Any]) -> str:
@@ -125,11 +126,13 @@ def draw(content: dict[str, Any], figure: Any) -> None:
     num_columns = min(3, len(groups))
     num_rows = math.ceil(len(groups) / num_columns)
     figure.set_size_inches(4.5 * num_columns, 3.8 * num_rows)
-    panels = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flat
+    # Scales of their own: without memory perplexity is so much higher that all else would be a line.
+    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes, (group, choices) in zip(panels, groups.items(), strict=False):
         _draw_group(axes, choices, [cells.get((choice.line, length)) for choice in choices], base)
         axes.set_title(TITLES.get(group, group), fontsize="medium")
-    for axes in list(panels)[len(groups) :]:
+        axes.set_ylabel("perplexity")
+    for axes in panels[len(groups) :]:
         axes.set_axis_off()
     last = content["settings"]["last"]
     figure.suptitle(f"{content['model']['name']}: perplexity of the last {last:,} of {length:,} tokens")

@@ -186,9 +186,10 @@ def draw(content: dict[str, Any], figure: Any) -> None:
     panels = figure.subplots(1, len(all_shots), squeeze=False, sharey=True)[0]
     for axes, shots in zip(panels, all_shots, strict=True):
         of_shots = {arm: outcome for arm, outcome in found.items() if arm.shots == shots}
-        for model, method in dict.fromkeys((arm.model, arm.method) for arm in of_shots if arm.method != NONE):
+        shown = dict.fromkeys((arm.model, arm.method) for arm in of_shots if arm.method != NONE)
+        # Every line begins without further ones; alone that is a point.
+        for model, method in shown or dict.fromkeys((arm.model, NONE) for arm in of_shots):
             _draw_line(axes, of_shots, model, method)
-        _draw_line(axes, of_shots, next(iter(content["models"])), NONE)
         axes.set_xticks(sorted({arm.memory_shots for arm in of_shots}))
         axes.set_xlabel("further demonstrations")
         axes.set_title(f"{shots} in the prompt", fontsize="medium")

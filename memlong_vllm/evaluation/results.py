@@ -64,6 +64,8 @@ class ResultsFile:
         if path.exists() and not overwrite:
             self._resume(read_results(path))
         self._keys = {self._key_of(row) for row in self.rows}
+        # As they stand in the file: there can be tens of thousands, and every batch is saved.
+        self._lines = [json.dumps(row) for row in self.rows]
         self._write()
 
     @property
@@ -79,6 +81,7 @@ class ResultsFile:
         """Add rows and save: a reader, or a run after a crash, sees all of them or none."""
         self.rows.extend(rows)
         self._keys |= {self._key_of(row) for row in rows}
+        self._lines += [json.dumps(row) for row in rows]
         self._write()
 
     def _key_of(self, row: Row) -> tuple[Any, ...]:
@@ -98,7 +101,7 @@ class ResultsFile:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         shell = json.dumps(self.content | {"rows": []}, indent=2)
-        lines = ",\n    ".join(json.dumps(row) for row in self.rows)
+        lines = ",\n    ".join(self._lines)
         text = shell.removesuffix('"rows": []\n}') + f'"rows": [\n    {lines}\n  ]\n}}\n'
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(text, encoding="utf-8")
