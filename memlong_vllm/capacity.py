@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
-from memlong_vllm.config import GIB, MemoryConfig, max_sequence_slots
+from memlong_vllm.config import GIB, MemoryConfig, max_sequence_slots, working_set_tokens
 
 # vLLM pads vocabularies to a multiple of this, and keeps one block of the pool for itself.
 _VOCABULARY_MULTIPLE = 64
@@ -143,7 +143,7 @@ def variants(config: LlamaConfig, memory: MemoryConfig, setup: Setup) -> list[Va
     common = {"RoPE table": rope_bytes(config, setup), "reserve": reserve_bytes(config, setup)}
     bank = max_sequence_slots(memory, setup.context, setup.max_num_batched_tokens) * slot_bytes(config, memory, setup)
     index = {"search index": -(-setup.context // memory.chunk_size) * setup.embedding_dimension * 4}
-    retrieved = memory.top_k * memory.chunk_size * token_bytes(config, setup)
+    retrieved = working_set_tokens(memory) * token_bytes(config, setup)
     staged = max(memory.top_k * memory.chunk_size, _STAGED_TOKENS)
     staging = {"staging": staged * token_bytes(config, setup)}
     full, window = full_spec(config, setup, setup.kv_cache_dtype), window_spec(config, memory, setup)

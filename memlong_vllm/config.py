@@ -197,6 +197,13 @@ def bank_slots(vllm_config: VllmConfig) -> int:
     return min(fitting, (one + named) * scheduler_config.max_num_seqs)
 
 
+def working_set_tokens(memory: MemoryConfig) -> int:
+    """Tokens whose keys and values the working set holds for one sequence: a retrieved set, once
+    for each retrieval layer if these make their own of it."""
+    copies = 1 if memory.memory_adapter is None else len(memory.retrieval_layers)
+    return copies * memory.top_k * memory.chunk_size
+
+
 def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
     """Bytes of each rank's keys and values, without allocating any.
 
@@ -208,7 +215,7 @@ def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
     memory = request_limits(memory, deployment)
     tokens = {
         "bank": bank_slots(vllm_config) * memory.chunk_size,
-        "working_set": vllm_config.scheduler_config.max_num_seqs * memory.top_k * memory.chunk_size,
+        "working_set": vllm_config.scheduler_config.max_num_seqs * working_set_tokens(memory),
         "staging": num_staging_tokens(memory, deployment),
     }
     return {name: count * _token_bytes(vllm_config) for name, count in tokens.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -24,6 +25,7 @@ from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from memlong_vllm.config import MemLongConfig, MemoryConfig, bank_slots, num_staging_tokens, request_limits, resolve
 from memlong_vllm.local_attention import choose_backend, lse_backend
 from memlong_vllm.retrieval_attention import MemoryStore, RetrievalAttention
+from memlong_vllm.worker.adaptation import Adaptation
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.host_memory import allocate_host
 from memlong_vllm.worker.step_memory import StepMemory
@@ -126,7 +128,14 @@ class MemLongAttention(nn.Module):
             layers[self.store_name] = self.store
         if self.is_retrieval_layer:
             self.memory = RetrievalAttention(
-                memory, self.num_heads, self.num_kv_heads, total_num_kv_heads, head_dim, padded, self.rotary_emb
+                memory,
+                self.num_heads,
+                self.num_kv_heads,
+                total_num_kv_heads,
+                head_dim,
+                padded,
+                self.rotary_emb,
+                memory.retrieval_layers.index(layer_idx),
             )
             self.memory.local_impl = self.attn.impl
             layers[self.memory_name] = self.memory
@@ -152,9 +161,13 @@ class MemLongDecoderLayer(LlamaDecoderLayer):
         super().__init__(vllm_config, prefix, config, attn_layer_type=MemLongAttention)
 
 
-def make_step_memory(vllm_config: VllmConfig, device: torch.device) -> StepMemory:
+def make_step_memory(vllm_config: VllmConfig, layers: Sequence[RetrievalAttention], device: torch.device) -> StepMemory:
     """This rank's bank and all buffers of the memory. Nothing is allocated later on the device
-    but what a step's attention needs for a moment, so vLLM's memory profile sees it all."""
+    but what a step's attention needs for a moment, so vLLM's memory profile sees it all.
+
+    Args:
+        layers: the retrieval layers, in their order.
+    """
     model_config = vllm_config.model_config
     memory, deployment = resolve(model_config.hf_config, vllm_config.additional_config)
     limits = request_limits(memory, deployment)
@@ -169,14 +182,13 @@ def make_step_memory(vllm_config: VllmConfig, device: torch.device) -> StepMemor
         device,
         partial(allocate_host, view=view) if deployment.bank_device == "cpu" else None,
     )
-    return StepMemory(
-        bank,
-        vllm_config.scheduler_config.max_num_seqs,
-        limits.top_k,
-        num_staging_tokens(limits, deployment),
-        rank_heads(model_config.get_total_num_kv_heads(), num_kv_heads),
-        limit_row_reads=memory.memory_adapter is not None,
-    )
+    heads = rank_heads(model_config.get_total_num_kv_heads(), num_kv_heads)
+    staging_tokens = num_staging_tokens(limits, deployment)
+    adaptation = None
+    if memory.memory_adapter is not None:
+        adaptation = Adaptation(layers, heads, staging_tokens, tensor_model_parallel_all_gather)
+    num_rows = vllm_config.scheduler_config.max_num_seqs
+    return StepMemory(bank, num_rows, limits.top_k, staging_tokens, heads, adaptation)
 
 
 def rank_heads(total_num_kv_heads: int, num_kv_heads: int) -> RankHeads:
@@ -196,7 +208,8 @@ class MemLongForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=MemLongDecoderLayer)
-        self.step_memory = make_step_memory(vllm_config, next(self.parameters()).device)
+        retrieval_layers = [module for module in self.modules() if isinstance(module, RetrievalAttention)]
+        self.step_memory = make_step_memory(vllm_config, retrieval_layers, next(self.parameters()).device)
         self._is_loaded = False
         for module in self.modules():
             if isinstance(module, RetrievalAttention | MemoryStore):
@@ -213,11 +226,13 @@ class MemLongForCausalLM(LlamaForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint of :mod:`memlong_vllm.cli.convert`, padding heads where needed.
 
-        Later calls may bring any part of the weights.
+        Later calls may bring any part of the weights. Decoding sequences then read their retrieved
+        chunks anew, as adapted by these weights; what is stored stays what it was.
 
         Raises:
             ValueError: if memory parameters (gates at least) are missing at the first call.
         """
+        self.step_memory.weights_changed()
         loaded = super().load_weights(self._engine_weight(name, tensor) for name, tensor in weights)
         wanted = {name for name, _ in self.named_parameters() if ".memory." in name}
         missing = [] if self._is_loaded else sorted(wanted - loaded)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.utils import set_weight_attrs
@@ -36,7 +35,8 @@ class RetrievalAttention(nn.Module):
     * ``memory_gate`` [H], 0 at first (gated: tanh of it weighs memory, Eq. 4-5);
     * ``memory_bias`` [H], with ``memory_bias``: added to the memory scores;
     * ``memory_k_adapter``, ``memory_v_adapter`` [R·d, 2·R·d] over all ranks' heads, with
-      ``memory_adapter``: make this layer's keys and values of the stored ones.
+      ``memory_adapter``: make this layer's keys and values of the stored ones
+      (:class:`memlong_vllm.worker.adaptation.Adaptation`).
 
     Args:
         num_heads, num_kv_heads: this rank's.
@@ -44,6 +44,7 @@ class RetrievalAttention(nn.Module):
 
     Attributes:
         step_memory: the rank's; set when the model is complete.
+        retrieval_idx: which of the retrieval layers this is, counted from 0.
         local_impl: the implementation of local attention, whose ``lse`` the joint fusions read.
     """
 
@@ -56,9 +57,10 @@ class RetrievalAttention(nn.Module):
         head_dim: int,
         padded_dim: int,
         rotary_emb: RotaryEmbedding,
+        retrieval_idx: int,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.retrieval_idx = config, retrieval_idx
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.padded_dim = head_dim, padded_dim
         self.rotary_emb = rotary_emb
@@ -105,7 +107,8 @@ class RetrievalAttention(nn.Module):
         """
         rows = output.view(output.shape[0], self.num_heads, self.padded_dim)
         for group in self._groups():
-            keys, values = self._read(group)
+            assert self.step_memory is not None
+            keys, values = self.step_memory.read(group.source, self.retrieval_idx)
             for first in range(0, group.token_idx.shape[1], _MAX_SPAN_TOKENS):
                 part = slice(first, first + _MAX_SPAN_TOKENS)
                 self._retrieve(query, rows, group.token_idx[:, part], group.positions[:, part], keys, values)
@@ -131,21 +134,6 @@ class RetrievalAttention(nn.Module):
         local = rows[token_idx, :, : self.head_dim]
         fused = self._fuse(local_query, keys, values, local, token_idx)
         rows[token_idx, :, : self.head_dim] = fused.to(rows.dtype)
-
-    def _read(self, group: ReadGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [G, R, M, d] of a group's chunks, as this layer wants them."""
-        assert self.step_memory is not None
-        keys, values = self.step_memory.read(group.source)
-        if self.config.memory_adapter is None:
-            return keys, values
-        # [G, R, M, d] -> [G, M, R·d] of all ranks' heads
-        joined = [tensor_model_parallel_all_gather(t.transpose(1, 2).flatten(2).contiguous()) for t in (keys, values)]
-        stored = torch.cat(joined, dim=-1)
-        first = get_tensor_model_parallel_rank() * self.num_kv_heads * self.head_dim
-        mine = slice(first, first + self.num_kv_heads * self.head_dim)
-        adapted = [stored @ weight[mine].T for weight in (self.memory_k_adapter, self.memory_v_adapter)]
-        key, value = (t.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2) for t in adapted)
-        return key, value
 
     def _fuse(
         self,

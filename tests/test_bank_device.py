@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from memlong_vllm.config import memory_bytes
+from memlong_vllm.config import MemLongConfig, memory_bytes
 from memlong_vllm.plan import ChunkLoad, ChunkSave, StepPlan
 from memlong_vllm.worker.step_memory import StepMemory
 from tests.checkpoints import novel
@@ -107,6 +107,60 @@ def test_decoding_gathers_once_a_retrieval(
     engine.assert_empty()
 
 
+def adapter_weights(model: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Others than the checkpoint's, by its names; the memory layer's are the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    config = MemLongConfig.from_pretrained(model)
+    size = config.num_key_value_heads * config.head_dim
+    identity, weights = torch.eye(2 * size), {}
+    for layer in config.memory.retrieval_layers:
+        name = f"model.layers.{layer}.self_attn.memory_%s_adapter"
+        noise = torch.randn(2 * size, 2 * size, generator=generator) * (layer > config.memory.memory_layer) / 20
+        weights |= {name % "k": (identity + noise)[:size].clone(), name % "v": (identity + noise)[size:].clone()}
+    return weights
+
+
+def test_decoding_adapts_once_a_retrieval_and_after_weights_were_loaded(
+    start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int]
+) -> None:
+    model = checkpoints.memlong(**VARIANTS["joint_adapter"])
+    engine, num_layers = start_engine(model, max_num_seqs=2), 3
+    memory = step_memory(engine)
+    assert memory.adaptation is not None
+
+    def counts() -> tuple[int, int, int]:
+        return memory.working_set.num_gathers, memory.adaptation.num_adapted, memory.working_set.num_reuses
+
+    reference = Reference(model)
+    for start in (0, 500):
+        engine.add(tokens[start : start + 150], max_tokens=60)
+    # From here on everyone decodes; the one that waited longest for its retrievals from its first token.
+    while any(r.num_computed_tokens < 150 for r in engine.scheduler.requests.values()):
+        engine.step()
+    before = counts()
+    for output in engine.run().values():
+        assert_parity(output, reference, TINY)
+    gathers, adapted, reuses = (now - then for now, then in zip(counts(), before, strict=True))
+    assert gathers > 3
+    assert adapted == num_layers * gathers
+    assert reuses > 5 * gathers
+
+    engine.add(tokens[2000:2150], max_tokens=12)
+    while not any(r.num_computed_tokens > 152 for r in engine.scheduler.requests.values()):
+        engine.step()
+    weights, before = adapter_weights(model, seed=2), counts()
+    runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.get_model().load_weights(weights.items())
+    engine.step()
+    # The retrieval is the one of the step before. The memory layer's adapter is the identity now.
+    assert counts() == (before[0] + 1, before[1] + num_layers - 1, before[2])
+    engine.run()
+    reference.model.load_state_dict(weights, strict=False)
+    (output,) = engine.generate([tokens[3000:3200]], max_tokens=30)
+    assert_parity(output, reference, TINY)
+    engine.assert_empty()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_least_staging_gives_the_same_answer(
     start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int], variant: str
@@ -135,6 +189,15 @@ def test_bytes_are_known_before_and_loads_work_in_an_engine(
     memory.end_step()
     assert torch.equal(memory.bank.keys[:, 9], memory.bank.keys[:, 2])
     assert torch.equal(memory.bank.values[:, 9], memory.bank.values[:, 2])
+
+
+def test_each_layer_has_rows_of_its_own_if_it_adapts(start_engine: Callable[..., Engine], checkpoints: Any) -> None:
+    engine = start_engine(checkpoints.memlong(**VARIANTS["joint_adapter"]), max_num_seqs=5)
+    bytes_by_kind = step_memory(engine).num_bytes()
+    assert bytes_by_kind == memory_bytes(engine.llm.llm_engine.vllm_config)
+    a_set = 2 * 16 * 2 * 2 * 32 * 4
+    assert bytes_by_kind["working_set"] == 5 * 3 * a_set
+    assert engine.scheduler.memory_stats()["bytes_working_set"] == bytes_by_kind["working_set"]
 
 
 @pytest.mark.slow

@@ -387,8 +387,12 @@ def test_a_bank_too_small_for_one_sequence_is_refused() -> None:
 def test_bytes_are_those_of_slots_rows_and_staging() -> None:
     token = 2 * 2 * 8 * 4
     config = engine(CHUNK_GIB * 100.5, max_num_seqs=3)
-    assert memory_bytes(config) == {"bank": 6400 * token, "working_set": 3 * 256 * token, "staging": 8192 * token}
+    # Three sequences, and for each a set of every layer.
+    rows = 3 * 4 * 256
+    assert memory_bytes(config) == {"bank": 6400 * token, "working_set": rows * token, "staging": 8192 * token}
     config.additional_config["memlong"] |= {"top_k": 200}
     assert memory_bytes(config)["staging"] == 12_800 * token
     config.additional_config["memlong"] |= {"top_k": 4, "staging_tokens": 256}
     assert memory_bytes(config)["staging"] == 256 * token
+    config.additional_config["memlong"] |= {"memory_adapter": None}
+    assert memory_bytes(config)["working_set"] == 3 * 256 * token

@@ -82,7 +82,7 @@ def test_loaded_chunks_are_there_for_the_first_token(tmp_path: Path) -> None:
     (group,) = begin(memory, decoding("a", 9, (3, 8), 1))
     assert counters(memory) == (1, 0)
     expect(memory, group, (3, 8))
-    assert torch.equal(memory.read(group.source)[0][0], kv[:, 0].transpose(0, 1).flatten(1, 2))
+    assert torch.equal(memory.read(group.source, 0)[0][0], kv[:, 0].transpose(0, 1).flatten(1, 2))
 
 
 def test_a_save_is_of_the_end_of_its_step(tmp_path: Path) -> None:

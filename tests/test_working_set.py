@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,7 @@ from memlong_vllm.config import MemoryConfig
 from memlong_vllm.plan import ReadSpan, SequencePlan, StepPlan
 from memlong_vllm.scheduler.ledger import Found, Ledger
 from memlong_vllm.scheduler.segments import Retrieval
+from memlong_vllm.worker.adaptation import Adaptation
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.step_memory import StepMemory
 from memlong_vllm.worker.step_metadata import ReadGroup, RowSource
@@ -24,8 +26,31 @@ from memlong_vllm.worker.working_set import KEPT_STEPS, DecodeRead, WorkingSet, 
 from tests.naive_memory import configs
 
 HEADS, SIZE = 2, 3
+ALL = HEADS * SIZE
+NUM_LAYERS = 3
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+@dataclass
+class Weights:
+    """A layer's adapters, [ALL, 2 * ALL]."""
+
+    memory_k_adapter: torch.Tensor
+    memory_v_adapter: torch.Tensor
+
+
+def identity() -> Weights:
+    both = torch.eye(2 * ALL)
+    return Weights(both[:ALL], both[ALL:])
+
+
+def make_layers(seed: int = 0, device: torch.device = CPU) -> list[Weights]:
+    """The first is the identity. Whole numbers: what they make of the bank below is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-3, 4, (NUM_LAYERS, 2, ALL, 2 * ALL), generator=generator).float()
+    drawn[0] = torch.stack((identity().memory_k_adapter, identity().memory_v_adapter))
+    return [Weights(*both) for both in drawn.to(device)]
 
 
 def make_memory(
@@ -35,14 +60,16 @@ def make_memory(
     top_k: int = 2,
     staging_tokens: int = 8,
     device: torch.device = CPU,
-    limit_row_reads: bool = False,
+    layers: Sequence[Weights] | None = None,
 ) -> StepMemory:
-    """Every number in its bank is another."""
+    """Every number in its bank is another. ``layers``: with adapters."""
     bank = MemoryBank(num_slots, chunk_size, HEADS, SIZE, torch.float32, device)
     numbers = torch.arange(2 * bank.keys.numel(), dtype=torch.float32, device=device)
     bank.keys.copy_(numbers[: bank.keys.numel()].view_as(bank.keys))
     bank.values.copy_(numbers[bank.keys.numel() :].view_as(bank.keys))
-    return StepMemory(bank, num_rows, top_k, staging_tokens, RankHeads(0, 1, 0), limit_row_reads)
+    heads = RankHeads(0, 1, 0)
+    adaptation = None if layers is None else Adaptation(layers, heads, staging_tokens, lambda mine: mine)
+    return StepMemory(bank, num_rows, top_k, staging_tokens, heads, adaptation)
 
 
 def in_bank(bank: MemoryBank, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,13 +93,26 @@ def begin(memory: StepMemory, *sequences: SequencePlan) -> tuple[ReadGroup, ...]
     return memory.metadata.groups
 
 
-def expect(memory: StepMemory, group: ReadGroup, *slots: tuple[int, ...]) -> None:
-    keys, values = memory.read(group.source)
-    assert keys.shape[0] == len(slots)
-    for row, chunks in enumerate(slots):
-        expected_keys, expected_values = in_bank(memory.bank, chunks)
-        assert torch.equal(keys[row], expected_keys)
-        assert torch.equal(values[row], expected_values)
+def adapted(weights: Weights, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer makes of [HEADS, tokens, SIZE]."""
+    stored = torch.cat((*keys, *values), dim=1)
+    both = stored @ weights.memory_k_adapter.T, stored @ weights.memory_v_adapter.T
+    made = [torch.stack(tokens.split(SIZE, dim=1)) for tokens in both]
+    return made[0], made[1]
+
+
+def expect(
+    memory: StepMemory, group: ReadGroup, *slots: tuple[int, ...], layers: Sequence[Weights | None] = (None,)
+) -> None:
+    """A group's spans read these slots, as each layer wants them."""
+    for layer, weights in enumerate(layers):
+        keys, values = memory.read(group.source, layer)
+        assert keys.shape[0] == len(slots)
+        for row, chunks in enumerate(slots):
+            expected = in_bank(memory.bank, chunks)
+            expected = expected if weights is None else adapted(weights, *expected)
+            # Sums of fractions depend on their order.
+            torch.testing.assert_close((keys[row], values[row]), expected, rtol=0, atol=0 if weights is None else 1e-4)
 
 
 def counters(memory: StepMemory) -> tuple[int, int]:
@@ -103,7 +143,7 @@ def test_adjacent_rows_are_read_in_place_and_together() -> None:
     memory = make_memory(num_rows=4)
     groups = begin(memory, *(decoding(name, 9, (i, i + 4), i) for i, name in enumerate("abc")))
     assert [group.source for group in groups] == [RowSource(range(3), 2)]
-    keys, _ = memory.read(groups[0].source)
+    keys, _ = memory.read(groups[0].source, 0)
     assert keys.data_ptr() == memory.working_set.keys.data_ptr()
     expect(memory, groups[0], (0, 4), (1, 5), (2, 6))
     memory.end_step()
@@ -118,12 +158,6 @@ def test_sets_of_fewer_chunks_are_read_apart() -> None:
     assert sorted(group.token_idx.flatten().tolist() for group in groups) == [[0], [1], [2]]
     for group in groups:
         expect(memory, group, {0: (1, 2), 1: (3,), 2: (4, 5)}[group.token_idx.item()])
-
-
-def test_reads_from_rows_can_be_limited() -> None:
-    memory = make_memory(num_rows=5, staging_tokens=8, limit_row_reads=True)
-    groups = begin(memory, *(decoding(name, 9, (i, i + 1), i) for i, name in enumerate("abcde")))
-    assert [group.source for group in groups] == [RowSource(range(i, min(5, i + 2)), 2) for i in (0, 2, 4)]
 
 
 def test_a_slot_written_in_the_step_is_not_read_before() -> None:
@@ -150,8 +184,12 @@ def reads(names: str, first_id: int = 0) -> list[DecodeRead]:
     return [DecodeRead(name, ReadSpan(0, 1, (0,), 0, first_id + i)) for i, name in enumerate(names)]
 
 
+def working_set(num_rows: int) -> WorkingSet:
+    return make_memory(num_rows=num_rows).working_set
+
+
 def test_rows_go_to_the_step_first_then_by_last_use() -> None:
-    rows = WorkingSet(make_memory().bank, 3, 2)
+    rows = working_set(3)
     assert rows.prepare_rows(reads("abc")) == {"a": 0, "b": 1, "c": 2}
     assert rows.prepare_rows(reads("c", 2)) == {"c": 2}
     assert rows.prepare_rows(reads("b", 1)) == {"b": 1}
@@ -159,7 +197,7 @@ def test_rows_go_to_the_step_first_then_by_last_use() -> None:
 
 
 def test_rows_of_requests_that_left_are_used_first() -> None:
-    rows = WorkingSet(make_memory().bank, 4, 2)
+    rows = working_set(4)
     rows.prepare_rows(reads("abc"))
     for _ in range(KEPT_STEPS + 1):
         rows.prepare_rows(reads("c", 2))
@@ -185,9 +223,12 @@ def test_runs_are_the_numbers_cut_where_they_must_be(numbers: set[int], longest:
 class Steps:
     """Sequences under a ledger; their K and V are random, the bank is the truth."""
 
-    def __init__(self, config: MemoryConfig, memory: StepMemory, max_step: int, seed: int) -> None:
+    def __init__(
+        self, config: MemoryConfig, memory: StepMemory, layers: Sequence[Weights | None], max_step: int, seed: int
+    ) -> None:
         self.random = random.Random(seed)
         self.memory = memory
+        self.layers = layers
         self.max_step = max_step
         self.ledger = Ledger(config, memory.bank.keys.shape[1], max_step)
         self.positions: dict[str, int] = {}
@@ -235,16 +276,15 @@ class Steps:
         tokens = [(sequence, token) for sequence in sequences for token in range(sequence.start, sequence.end)]
         seen = []
         for group in groups:
-            keys, values = self.memory.read(group.source)
-            for row, (token_idx, positions) in enumerate(zip(group.token_idx, group.positions, strict=True)):
+            slots = []
+            for token_idx, positions in zip(group.token_idx, group.positions, strict=True):
                 sequence, first = tokens[int(token_idx[0])]
                 (span,) = (span for span in sequence.reads if span.start == first)
                 assert [tokens[int(i)] for i in token_idx] == [(sequence, t) for t in range(span.start, span.end)]
                 assert positions.tolist() == [token - span.origin for token in range(span.start, span.end)]
-                expected_keys, expected_values = in_bank(self.memory.bank, span.slots)
-                assert torch.equal(keys[row], expected_keys)
-                assert torch.equal(values[row], expected_values)
+                slots.append(span.slots)
                 seen += token_idx.tolist()
+            expect(self.memory, group, *slots, layers=self.layers)
         with_memory = [
             i for i, (sequence, token) in enumerate(tokens) if any(s.start <= token < s.end for s in sequence.reads)
         ]
@@ -256,17 +296,18 @@ class Steps:
     config=configs(),
     num_rows=st.integers(1, 8),
     spare_staging=st.integers(0, 20),
-    limited=st.booleans(),
+    with_adapters=st.booleans(),
     seed=st.integers(0, 10_000),
 )
 @settings(deadline=None, max_examples=60)
 def test_random_steps_read_what_is_in_the_bank(
-    device: torch.device, config: MemoryConfig, num_rows: int, spare_staging: int, limited: bool, seed: int
+    device: torch.device, config: MemoryConfig, num_rows: int, spare_staging: int, with_adapters: bool, seed: int
 ) -> None:
     """Sequences come, stall, are preempted, finish, and their ids come again; rows may be too few."""
     staging = config.top_k * config.chunk_size + spare_staging
-    memory = make_memory(60, config.chunk_size, num_rows, config.top_k, staging, device, limited)
-    steps = Steps(config, memory, max_step=9, seed=seed)
+    layers = make_layers(seed, device) if with_adapters else None
+    memory = make_memory(60, config.chunk_size, num_rows, config.top_k, staging, device, layers)
+    steps = Steps(config, memory, layers or [None], max_step=9, seed=seed)
     for _ in range(50):
         if steps.random.random() < 0.6:
             steps.arrive(steps.random.choice("abcdef"))

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from memlong_vllm.plan import StepPlan
+from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.staging import Staging
-from memlong_vllm.worker.step_metadata import ReadLimits, RowSource, SlotSource, StepMetadata, build_step_metadata
+from memlong_vllm.worker.step_metadata import RowSource, SlotSource, StepMetadata, build_step_metadata
 from memlong_vllm.worker.transfer import ChunkTransfer, RankHeads
 from memlong_vllm.worker.working_set import WorkingSet, decode_reads
 
@@ -27,8 +28,7 @@ class StepMemory:
         top_k: chunks of the largest retrieved set.
         staging_tokens: tokens gathered at once; at least those of the largest set.
         heads: this rank's place among the ranks, which decides its part of a shard.
-        limit_row_reads: whether reads from the working set are held to ``staging_tokens`` at once
-            as well, as must be where something as large as them is made of them.
+        adaptation: what retrieval layers make of the stored keys and values; None: nothing.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class StepMemory:
         top_k: int,
         staging_tokens: int,
         heads: RankHeads,
-        limit_row_reads: bool = False,
+        adaptation: Adaptation | None = None,
     ) -> None:
         self.bank = bank
         self.staging = Staging(bank, staging_tokens)
-        self.working_set = WorkingSet(bank, num_rows, top_k)
+        self.working_set = WorkingSet(bank, self.staging, num_rows, top_k, adaptation)
+        self.adaptation = adaptation
         self.metadata: StepMetadata | None = None
-        self._limits = ReadLimits(self.staging.num_chunks, self.staging.num_chunks if limit_row_reads else None)
         self._transfer = ChunkTransfer(bank, self.staging, heads)
         self._plan: StepPlan | None = None
 
@@ -56,6 +56,15 @@ class StepMemory:
             "staging": self.staging.num_bytes,
         }
 
+    def weights_changed(self) -> None:
+        """The model's weights are other ones from the next step on: forget what was made with these.
+
+        What the bank holds stays as it is.
+        """
+        self.working_set.forget()
+        if self.adaptation is not None:
+            self.adaptation.weights_changed()
+
     def stage(self, plan: StepPlan) -> None:
         """Take the plan of the next step and load what it loads, also if it computes no token."""
         self._plan = plan
@@ -65,21 +74,30 @@ class StepMemory:
         """See :func:`build_step_metadata`; does nothing without a staged plan."""
         if self._plan is None:
             return
+        if self.adaptation is not None:
+            self.adaptation.prepare()
         rows = self.working_set.prepare_rows(decode_reads(self._plan))
         self.metadata = build_step_metadata(
-            self._plan, req_ids, query_start_loc, rows, self.bank.chunk_size, self._limits, self.bank.device
+            self._plan, req_ids, query_start_loc, rows, self.bank.chunk_size, self.staging.num_chunks, self.bank.device
         )
 
-    def read(self, source: SlotSource | RowSource) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, source: SlotSource | RowSource, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a group of this step, to be used before the next call.
+
+        Args:
+            layer: the one that reads, counting retrieval layers.
 
         Returns:
             [num_spans, num_kv_heads, num_chunks * chunk_size, head_dim], not to be written to.
         """
         self.working_set.wait()
         if isinstance(source, RowSource):
-            return self.working_set.read(source.rows, source.num_chunks)
-        return self.staging.gather(source.slots)
+            return self.working_set.read(source.rows, source.num_chunks, layer)
+        keys, values = self.staging.gather(source.slots)
+        if self.adaptation is not None:
+            # Once a layer and step, so again if several steps share a retrieval that prefill reads.
+            self.adaptation.adapt(keys, values, [AdaptedKV(layer, keys, values)])
+        return keys, values
 
     def end_step(self) -> None:
         """Save what the staged plan saves, if a plan is staged; the step is over."""

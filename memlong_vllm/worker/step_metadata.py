@@ -58,19 +58,6 @@ class StepMetadata:
 
 
 @dataclass(frozen=True)
-class ReadLimits:
-    """How much is read at once.
-
-    Attributes:
-        gathered_chunks: chunks in all of a group that is gathered.
-        row_chunks: the same of a group in the working set; None: no limit.
-    """
-
-    gathered_chunks: int
-    row_chunks: int | None
-
-
-@dataclass(frozen=True)
 class _Member:
     """A span, and the batch row at which position 0 of its sequence would be."""
 
@@ -84,7 +71,7 @@ def build_step_metadata(
     query_start_loc: np.ndarray,
     rows: Mapping[str, int],
     chunk_size: int,
-    limits: ReadLimits,
+    max_gathered_chunks: int,
     device: torch.device,
 ) -> StepMetadata:
     """Translate positions of sequences to rows of the batch.
@@ -93,6 +80,7 @@ def build_step_metadata(
         req_ids: request of each sequence in the batch; its order may change every step.
         query_start_loc: [num_reqs + 1] first row of each sequence.
         rows: rows of the working set that hold the only span of these requests.
+        max_gathered_chunks: chunks in all of a group that is gathered.
 
     Raises:
         RuntimeError: if plan and batch disagree about what is computed.
@@ -113,7 +101,7 @@ def build_step_metadata(
                 held[len(span.slots)][rows[sequence.request_id]] = member
             else:
                 gathered[span.end - span.start, len(span.slots)].append(member)
-    groups = [*_gathered_groups(gathered, limits, device), *_held_groups(held, limits, device)]
+    groups = [*_gathered_groups(gathered, max_gathered_chunks, device), *_held_groups(held, device)]
     return StepMetadata(index_tensor(token_places, device), tuple(groups))
 
 
@@ -124,22 +112,19 @@ def _token_places(sequence: SequencePlan, chunk_size: int) -> np.ndarray:
 
 
 def _gathered_groups(
-    spans: Mapping[tuple[int, int], list[_Member]], limits: ReadLimits, device: torch.device
+    spans: Mapping[tuple[int, int], list[_Member]], max_chunks: int, device: torch.device
 ) -> Iterator[ReadGroup]:
     for (_, num_chunks), members in spans.items():
-        size = limits.gathered_chunks // num_chunks
+        size = max_chunks // num_chunks
         for first in range(0, len(members), size):
             part = members[first : first + size]
             slots = index_tensor(np.asarray([member.span.slots for member in part]), device)
             yield _read_group(part, SlotSource(slots), device)
 
 
-def _held_groups(
-    spans: Mapping[int, Mapping[int, _Member]], limits: ReadLimits, device: torch.device
-) -> Iterator[ReadGroup]:
+def _held_groups(spans: Mapping[int, Mapping[int, _Member]], device: torch.device) -> Iterator[ReadGroup]:
     for num_chunks, members in spans.items():
-        longest = None if limits.row_chunks is None else limits.row_chunks // num_chunks
-        for run in runs(sorted(members), longest):
+        for run in runs(sorted(members)):
             yield _read_group([members[row] for row in run], RowSource(run, num_chunks), device)
 
 

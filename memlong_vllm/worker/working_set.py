@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from memlong_vllm.plan import ReadSpan, StepPlan
+from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.index_tensors import index_tensor
+from memlong_vllm.worker.staging import Staging
 
 # A row that no step has read for so long is as good as free. (Requests also miss steps while
 # they wait for a retrieval, which replaces the row's contents anyway.)
@@ -55,35 +57,55 @@ class WorkingSet:
     row is given to another. A request keeps its row from retrieval to retrieval; a new request
     gets the first row that nobody used of late, so that rows in use stay close together.
 
+    With an adaptation each retrieval layer has rows of its own, filled with what its adapter
+    makes of the stored keys and values: once a retrieval, for all steps that read them.
+
     On CUDA, rows are filled on a stream of its own beside the layers below the first retrieval
     layer, which waits for them (:meth:`wait`). This has not been run on a GPU yet. Elsewhere
-    they are filled at once.
+    they are filled at once; and so they are where filling needs other ranks, whose collective
+    operations then keep one order with those of the layers.
+
+    Args:
+        staging: what is adapted passes through it. Nobody else uses it from a step's begin to the
+            first :meth:`wait`.
 
     Attributes:
-        keys, values: [num_rows, num_kv_heads, top_k * chunk_size, head_dim]. Rows come first: what
-            adjacent rows hold is read in place, as a batch of spans, by any kind of attention.
+        keys, values: [num_layers, num_rows, num_kv_heads, top_k * chunk_size, head_dim], where one
+            layer stands for all without an adaptation. A layer's rows come first: what adjacent
+            rows hold is read in place, as a batch of spans, by any kind of attention.
         num_gathers: rows filled so far.
         num_reuses: reads so far that found their row filled.
     """
 
-    def __init__(self, bank: MemoryBank, num_rows: int, top_k: int) -> None:
+    def __init__(
+        self, bank: MemoryBank, staging: Staging, num_rows: int, top_k: int, adaptation: Adaptation | None = None
+    ) -> None:
         num_heads, _, chunk_size, head_dim = bank.keys.shape
-        shape = (num_rows, num_heads, top_k * chunk_size, head_dim)
+        num_layers = 1 if adaptation is None else adaptation.num_layers
+        shape = (num_layers, num_rows, num_heads, top_k * chunk_size, head_dim)
         self.keys = torch.empty(shape, dtype=bank.keys.dtype, device=bank.device)
         self.values = torch.empty_like(self.keys)
         self.num_gathers = 0
         self.num_reuses = 0
         self._bank = bank
+        self._staging = staging
         self._top_k = top_k
+        self._adaptation = adaptation
         self._rows: list[_Row | None] = [None] * num_rows
         self._row_of: dict[str, int] = {}
         self._step = 0
-        self._stream = torch.cuda.Stream(bank.device) if bank.device.type == "cuda" else None
+        is_alone = adaptation is None or not adaptation.needs_other_ranks
+        self._stream = torch.cuda.Stream(bank.device) if bank.device.type == "cuda" and is_alone else None
         self._filled: torch.cuda.Event | None = None
 
     @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def forget(self) -> None:
+        """Rows hold nothing any more: what they were made with has changed."""
+        self._rows = [None] * len(self._rows)
+        self._row_of.clear()
 
     def prepare_rows(self, reads: Sequence[DecodeRead]) -> dict[str, int]:
         """Begin a step: give every read a row, as far as there are rows, and fill what changed.
@@ -134,12 +156,20 @@ class WorkingSet:
         """Gather slots into their rows: of adjacent rows together, in one operation."""
         if not changed:
             return
+        # What is adapted is staged, which has room for one row at least.
+        longest = None if self._adaptation is None else self._staging.num_chunks // self._top_k
         with self._beside_the_step():
-            for run in runs(sorted(changed)):
+            for run in runs(sorted(changed), longest):
                 # Rows that hold fewer chunks repeat their last: equal shapes, and nobody looks.
                 slots = [changed[row] + changed[row][-1:] * (self._top_k - len(changed[row])) for row in run]
-                rows = slice(run.start, run.stop)
-                self._bank.gather(index_tensor(np.asarray(slots), self.keys.device), self.keys[rows], self.values[rows])
+                self._fill_run(slice(run.start, run.stop), index_tensor(np.asarray(slots), self.keys.device))
+
+    def _fill_run(self, rows: slice, slots: torch.Tensor) -> None:
+        if self._adaptation is None:
+            self._bank.gather(slots, self.keys[0, rows], self.values[0, rows])
+            return
+        layers = enumerate(zip(self.keys[:, rows], self.values[:, rows], strict=True))
+        self._adaptation.adapt(*self._staging.gather(slots), [AdaptedKV(layer, *kv) for layer, kv in layers])
 
     @contextlib.contextmanager
     def _beside_the_step(self) -> Iterator[None]:
@@ -159,13 +189,14 @@ class WorkingSet:
             torch.cuda.current_stream(self.keys.device).wait_event(self._filled)
             self._filled = None
 
-    def read(self, rows: range, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of adjacent rows that hold ``num_chunks`` chunks each; not copied.
+    def read(self, rows: range, num_chunks: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A retrieval layer's keys and values of adjacent rows with ``num_chunks`` chunks each; not copied.
 
         Returns:
             [num_rows, num_kv_heads, num_chunks * chunk_size, head_dim].
         """
-        part = slice(rows.start, rows.stop), slice(None), slice(num_chunks * self._bank.chunk_size)
+        layer = 0 if self._adaptation is None else layer
+        part = layer, slice(rows.start, rows.stop), slice(None), slice(num_chunks * self._bank.chunk_size)
         return self.keys[part], self.values[part]
 
 

@@ -1,0 +1,133 @@
+"""A retrieval layer's own keys and values of the stored ones: the extension ``memory_adapter``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from memlong_vllm.worker.transfer import RankHeads
+
+AllGather = Callable[[torch.Tensor], torch.Tensor]
+"""Joins the tensors that all ranks call it with along the last dimension, in the order of ranks."""
+
+
+class AdapterWeights(Protocol):
+    """W_k and W_v of a layer, [S, 2·S], where S is all ranks' key-value heads, joined.
+
+    They multiply [k;v] of a stored token, and are whole on every rank.
+    """
+
+    @property
+    def memory_k_adapter(self) -> torch.Tensor: ...
+
+    @property
+    def memory_v_adapter(self) -> torch.Tensor: ...
+
+
+class AdaptedKV(NamedTuple):
+    """Where a layer's keys and values go: [num_spans, num_kv_heads, num_tokens, head_dim].
+
+    Attributes:
+        layer: counts retrieval layers.
+    """
+
+    layer: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Adaptation:
+    """Applies the adapters of all retrieval layers of one rank.
+
+    All ranks' heads make each head, so ranks exchange what they have stored. Ranks execute the
+    same plan: they adapt the same chunks in the same order, as a collective operation needs.
+
+    Args:
+        layers: the retrieval layers' weights, looked up at each use, since loaders replace them.
+        heads: this rank's place among the ranks.
+        max_tokens: tokens of one rank's heads that staging holds. No more than its size is made
+            for a moment of all ranks' keys and values.
+
+    Attributes:
+        num_adapted: spans multiplied by weights so far, each once a layer.
+    """
+
+    def __init__(
+        self, layers: Sequence[AdapterWeights], heads: RankHeads, max_tokens: int, all_gather: AllGather
+    ) -> None:
+        self.num_adapted = 0
+        self._layers = layers
+        self._heads = heads
+        self._max_tokens = max(1, max_tokens // heads.num_ranks)
+        self._all_gather = all_gather
+        self._identities: frozenset[int] = frozenset()
+        self._is_stale = True
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def needs_other_ranks(self) -> bool:
+        return self._heads.num_ranks > 1
+
+    def weights_changed(self) -> None:
+        """They are other ones from the next :meth:`prepare` on."""
+        self._is_stale = True
+
+    def prepare(self) -> None:
+        """Begin a step. The first one with new weights waits for the device.
+
+        Not while weights are loaded: when vLLM reloads, they are elsewhere until all have come.
+        """
+        if self._is_stale:
+            # What such a layer reads is exactly what is stored: so the memory layer, unless trained.
+            self._identities = frozenset(i for i, layer in enumerate(self._layers) if _is_identity(layer))
+            self._is_stale = False
+
+    def adapt(self, keys: torch.Tensor, values: torch.Tensor, targets: Sequence[AdaptedKV]) -> None:
+        """Make layers' keys and values of stored ones.
+
+        Args:
+            keys, values: [num_spans, num_kv_heads, num_tokens, head_dim], this rank's heads.
+            targets: of that shape, overwritten; also ``keys`` and ``values`` themselves, for one
+                layer alone.
+        """
+        for target in targets:
+            if target.layer in self._identities:
+                target.keys.copy_(keys)
+                target.values.copy_(values)
+        changing = [target for target in targets if target.layer not in self._identities]
+        if not changing:
+            return
+        self.num_adapted += keys.shape[0] * len(changing)
+        size = max(1, self._max_tokens // keys.shape[0])
+        for first in range(0, keys.shape[2], size):
+            stored = self._join(keys[:, :, first : first + size], values[:, :, first : first + size])
+            for target in changing:
+                self._apply(stored, target, slice(first, first + size))
+
+    def _join(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """[G, R, M, d] of this rank -> a copy, [G, M, 2·S]: all ranks' keys, then their values."""
+        mine = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), dim=2).flatten(3)
+        return self._all_gather(mine).flatten(2)
+
+    def _apply(self, stored: torch.Tensor, target: AdaptedKV, tokens: slice) -> None:
+        num_heads, head_dim = target.keys.shape[1], target.keys.shape[3]
+        first = self._heads.first_head * head_dim
+        mine = slice(first, first + num_heads * head_dim)
+        layer = self._layers[target.layer]
+        for weight, out in ((layer.memory_k_adapter, target.keys), (layer.memory_v_adapter, target.values)):
+            adapted = (stored @ weight[mine].T).unflatten(-1, (num_heads, head_dim))
+            out[:, :, tokens].copy_(adapted.transpose(1, 2))
+
+
+def _is_identity(layer: AdapterWeights) -> bool:
+    """Whether a layer's keys and values are the stored ones to the last bit."""
+    size = layer.memory_k_adapter.shape[0]
+    return all(
+        bool(weight.diagonal(offset).eq(1).all()) and int(weight.count_nonzero()) == size
+        for weight, offset in ((layer.memory_k_adapter, 0), (layer.memory_v_adapter, size))
+    )
