@@ -1,4 +1,4 @@
-"""``memlong-vllm finetune`` as it is called, and under ``accelerate launch``."""
+"""``memlong-vllm finetune`` as it is called, and in two processes."""
 
 from __future__ import annotations
 
@@ -113,16 +113,7 @@ def test_bad_input_is_named(
 def test_two_processes_train_one_adapter(checkpoints: Checkpoints, texts: Path, tmp_path: Path) -> None:
     """Data-parallel on the CPU (gloo): both take part, gradients are averaged, one writes."""
     output = tmp_path / "adapter.safetensors"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     arguments = [
         "-m", "memlong_vllm.cli.main", "finetune", "--cache-dir", str(tmp_path / "cache"), *OPTIONS.split(),
         "--model", str(checkpoints.memlong()), "--output", str(output), "--texts", str(texts / "train*.txt"),
