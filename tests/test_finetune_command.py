@@ -53,7 +53,7 @@ def test_texts_become_an_adapter(
     output = tmp_path / "out" / "adapter.safetensors"
     status, printed = command(
         "--model", model, "--output", output, "--texts", texts / "train*.txt", "--valid", texts / "valid3.txt",
-        "--recall-documents", 2, "--recall-tokens", 900, "--document-tokens", 1000, "--bias-start", -1,
+        "--weave-facts", 50, "--document-tokens", 1000, "--bias-start", -1,
         "--memory-learning-rate", "1e-2", "--train-whole", "norms",
     )  # fmt: skip
     assert status == 0, printed
@@ -61,12 +61,7 @@ def test_texts_become_an_adapter(
     adapter = load_adapter(output)
     assert adapter.training["settings"]["memory_learning_rate"] == 1e-2
     assert adapter.training["command"].startswith("memlong-vllm finetune --cache-dir")
-    assert [name.split()[0] for name in adapter.training["train"]] == [
-        "train0.txt",
-        "train1.txt",
-        "train2.txt",
-        *["recall"] * 2,
-    ]
+    assert [name.split()[0] for name in adapter.training["train"]] == ["train0.txt", "train1.txt", "train2.txt"]
     assert adapter.training["valid"][0].startswith("valid3.txt (200 tokens")
     assert "model.layers.3.input_layernorm.weight" in adapter.tensors
     assert "model.layers.1.input_layernorm.weight" not in adapter.tensors  # What is stored depends on it.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
-from memlong_vllm.config import MemoryConfigError
+from memlong_vllm.config import MemLongConfig, MemoryConfigError
 from memlong_vllm.retriever.embedder import RetrieverLoadError
 from memlong_vllm.training.allocator import keep_freed_memory
 from memlong_vllm.training.documents import (
@@ -20,10 +20,10 @@ from memlong_vllm.training.documents import (
     read_documents,
 )
 from memlong_vllm.training.finetune import FinetuneJob, finetune
-from memlong_vllm.training.recall_documents import RecallRecipe, recall_documents
 from memlong_vllm.training.run_state import ResumeError
 from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
 from memlong_vllm.training.trainable import SettingsError
+from memlong_vllm.training.woven_facts import WeaveRecipe, weave
 
 _ERRORS = (SettingsError, TextsError, ResumeError, RetrieverLoadError, MemoryConfigError, ModelArgumentError)
 
@@ -51,9 +51,9 @@ def _add_data(group: Any) -> None:
     group.add_argument("--document-tokens", type=int, help="tokens of each text that are used, from its beginning")
     group.add_argument("--valid-tokens", type=int, default=16384, help="of each validation text")
     group.add_argument(
-        "--recall-documents", type=int, default=0, help="documents of facts and questions, made of --texts"
-    )
-    group.add_argument("--recall-tokens", type=int, default=6144, help="length of a recall document")
+        "--weave-facts", type=int, default=0, metavar="GAP",
+        help="put facts, and questions for them out of sight, into training texts every GAP tokens or so; 0: none",
+    )  # fmt: skip
 
 
 def _add_training(group: Any) -> None:
@@ -131,19 +131,13 @@ class _Texts:
                 arguments.dataset, arguments.dataset_split, tokenizer, arguments.max_documents,
                 arguments.document_tokens, least,
             )  # fmt: skip
-        if arguments.recall_documents:
-            train += self._recall(tokenizer, train)
+        if arguments.weave_facts:
+            train = self._woven(tokenizer, train)
         return train, read_documents(self.valid, tokenizer, arguments.valid_tokens, least)
 
-    def _recall(self, tokenizer: Any, train: list[Document]) -> list[Document]:
-        from memlong_vllm.config import MemLongConfig
-
+    def _woven(self, tokenizer: Any, train: list[Document]) -> list[Document]:
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        memory, recipe = MemLongConfig.from_pretrained(self.model).memory, RecallRecipe(self.arguments.recall_tokens)
-        proses = [(document.name, document.token_ids) for document in train]
-        try:
-            return recall_documents(proses, self.arguments.recall_documents, encode, memory, recipe, self.settings.seed)
-        except ValueError as error:
-            raise TextsError(str(error)) from error
+        memory, recipe = MemLongConfig.from_pretrained(self.model).memory, WeaveRecipe(self.arguments.weave_facts)
+        return [weave(document, encode, memory, recipe, self.settings.seed) for document in train]

@@ -1,0 +1,68 @@
+"""Training texts with facts and questions: facts are out of sight where they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from memlong_vllm.config import MemoryConfig
+from memlong_vllm.training.documents import Document
+from memlong_vllm.training.woven_facts import WeaveRecipe, weave
+from tests.checkpoints import Checkpoints
+
+MEMORY = MemoryConfig(1, (1,), chunk_size=16, local_window=64, retrieval_stride=16, query_tokens=16)
+RECIPE = WeaveRecipe(gap=60, answer_weight=7.0, copies=0.1)
+
+
+@pytest.fixture
+def encode(checkpoints: Checkpoints) -> Callable[[str], list[int]]:
+    return lambda text: list(checkpoints.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answers(document: Document, weight: float) -> list[tuple[int, int]]:
+    """[start, end) of the tokens that have the weight of answers."""
+    assert document.loss_weights is not None
+    found, start = [], None
+    for position, value in enumerate([*document.loss_weights, 0.0]):
+        if value == weight and start is None:
+            start = position
+        elif value != weight and start is not None:
+            found.append((start, position))
+            start = None
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_stand_in_the_text_before_but_not_in_sight(
+    seed: int, checkpoints: Checkpoints, tokens: list[int], encode: Callable[[str], list[int]]
+) -> None:
+    document = weave(Document("x", tuple(tokens[:4000])), encode, MEMORY, RECIPE, seed)
+    assert document.loss_weights is not None
+    assert len(document.token_ids) == len(document.loss_weights) == 4000
+    decode = checkpoints.tokenizer.decode
+    found = answers(document, RECIPE.answer_weight)
+    assert len(found) >= 5
+    for start, end in found[:-1]:  # The last may be cut.
+        # The question's last token opens a segment, so the segment's query is the question.
+        assert (start - 1) % MEMORY.retrieval_stride == 0
+        answer, window = decode(document.token_ids[start:end]), start - 1 - MEMORY.local_window
+        assert decode(document.token_ids[start - 24 : start]).rstrip().endswith("is")
+        assert answer in decode(document.token_ids[:window])
+        assert answer not in decode(document.token_ids[window:start])
+
+
+def test_prose_counts_and_statements_do_not(tokens: list[int], encode: Callable[[str], list[int]]) -> None:
+    document = weave(Document("x", tuple(tokens[:4000])), encode, MEMORY, RECIPE, 0)
+    assert document.loss_weights is not None
+    assert set(document.loss_weights) == {0.0, 1.0, RECIPE.answer_weight}
+    prose = [t for t, weight in zip(document.token_ids, document.loss_weights, strict=True) if weight == 1.0]
+    assert prose[:16] == tokens[:16]
+    assert len(prose) > 1500
+
+
+def test_name_and_seed_decide(tokens: list[int], encode: Callable[[str], list[int]]) -> None:
+    first, again = (weave(Document("x", tuple(tokens[:2000])), encode, MEMORY, RECIPE, 1) for _ in range(2))
+    assert first == again
+    assert first != weave(Document("x", tuple(tokens[:2000])), encode, MEMORY, RECIPE, 2)
+    assert first.token_ids != weave(Document("y", tuple(tokens[:2000])), encode, MEMORY, RECIPE, 1).token_ids
