@@ -123,3 +123,22 @@ def test_processes_share_the_documents(checkpoints: Checkpoints, tokens: list[in
         taken += [streams.next_batch().labels[0].tolist() for _ in range(2)]
     firsts = sorted(labels[0] for labels in taken)
     assert firsts == sorted(f.document.token_ids[1] for f in features)
+
+
+@pytest.mark.parametrize("fusion", ["gated", "scaled_logits", "joint"])
+def test_everything_that_reads_has_a_gradient(
+    fusion: str, checkpoints: Checkpoints, tokens: list[int], tmp_path: Path
+) -> None:
+    folder = checkpoints.memlong(fusion=fusion, memory_bias=fusion != "gated")
+    model = MemLongForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    frozen, upper = frozen_half(folder, model, tmp_path), UpperHalf(model)
+    (features,) = [frozen.features(document) for document in documents(tokens, (256,))]
+    reader = SegmentReader(model.config.memory, 256, model.config.head_dim, with_memory=True)
+    batch = reader.read([(features, 0)])
+    loss, _ = upper(batch, upper.stack.empty(1, batch.hidden))
+    loss.weighted.backward()
+    gradients = {name: p.grad for name, p in upper.named_parameters() if p.grad is not None}
+    wanted = "memory_bias" if fusion == "joint" else "memory_gate"
+    assert any(name.endswith(wanted) and gradient.any() for name, gradient in gradients.items())
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name

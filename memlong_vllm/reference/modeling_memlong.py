@@ -112,7 +112,7 @@ class MemLongAttention(nn.Module):
         distance = positions[:, None] - key_positions
         visible = (distance >= 0) & (distance < self.memory.local_window)
         scores = (rotated @ self._repeat(keys).transpose(1, 2)) * self.head_dim**-0.5
-        scores = scores.masked_fill(~visible, float("-inf"))
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)  # -inf has no gradient.
         output = scores.softmax(dim=-1) @ self._repeat(values)
         if self.layer_idx in self.memory.retrieval_layers:
             for span in spans:

@@ -130,18 +130,19 @@ class MemoryReader:
         Args:
             query: [N, R, g·S, d], rotated to positions t.
         """
-        local_scores = scores(query, local.keys, local.mask, self.scale)
         if self.config.fusion == "gated":
+            local_scores = scores(query, local.keys, local.mask, self.scale)
             return attend(local_scores, local.values) + self._gated(query, memory)
-        bias = memory.mask
-        if self.config.memory_bias:
-            bias = bias + self._per_head(self.attention.memory_bias)
-        memory_scores = scores(query, memory.keys, bias, self.scale)
+        local_query = memory_query = query
+        bias = self._per_head(self.attention.memory_bias) if self.config.memory_bias else query.new_zeros(1)
         if self.config.fusion == "scaled_logits":
+            # Queries are weighed, not scores: a masked score times a gate has no gradient but NaN.
             gate = self._per_head(self.attention.memory_gate).sigmoid().to(query.dtype)
             # A token with nothing retrieved uses plain local attention, whatever the fusion.
-            local_scores = torch.where(memory.present, local_scores * (1 - gate), local_scores)
-            memory_scores = memory_scores * gate
+            local_query = torch.where(memory.present, query * (1 - gate), query)
+            memory_query, bias = query * gate, bias * gate
+        local_scores = scores(local_query, local.keys, local.mask, self.scale)
+        memory_scores = scores(memory_query, memory.keys, memory.mask + bias, self.scale)
         values = torch.cat([memory.values.to(local.values.dtype), local.values], dim=2)
         return attend(torch.cat([memory_scores, local_scores], dim=-1), values)
 
