@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,18 @@ import torch
 
 from memlong_vllm.adapters.adapter_file import load_adapter
 from memlong_vllm.cli.convert import convert
+from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+from memlong_vllm.training.documents import TextsError
+from memlong_vllm.training.features import FrozenHalf
 from memlong_vllm.training.finetune import FinetuneJob
-from memlong_vllm.training.run_state import ResumeError
+from memlong_vllm.training.run_state import ResumeError, RunFolder
 from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
-from memlong_vllm.training.trainable import SettingsError, TrainedParts
-from memlong_vllm.training.trainer import learning_rate_factor
+from memlong_vllm.training.trainable import SettingsError, TrainedParts, select_trained
+from memlong_vllm.training.trainer import DivergedError, Trainer, learning_rate_factor
+from memlong_vllm.training.validation import Validation
 from tests.checkpoints import Checkpoints
 from tests.engines import Reference
-from tests.training_run import PARTS, documents, train
+from tests.training_run import documents, train
 
 JOINT = {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"}
 
@@ -75,8 +81,6 @@ def test_an_interrupted_run_goes_on_exactly(
     options = {"parts": TrainedParts(rank=2, alpha=4.0, dropout=0.1), "steps": 6, "schedule": "cosine"}
     whole = train(folder, tmp_path / "whole.safetensors", tokens, cache, **options)
 
-    from memlong_vllm.training.trainer import Trainer
-
     update = Trainer._update
 
     def interrupted(trainer: Trainer) -> dict:
@@ -102,9 +106,85 @@ def test_an_interrupted_run_goes_on_exactly(
 def test_another_run_is_not_continued(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.safetensors"
     train(checkpoints.memlong(), output, tokens, cache, steps=2)
-    with pytest.raises(ResumeError, match=r"settings: .*restart"):
+    with pytest.raises(ResumeError, match=r"settings\.learning_rate: [\d.e-]+ then, 0\.001 now.*restart"):
         train(checkpoints.memlong(), output, tokens, cache, steps=2, learning_rate=1e-3)
     train(checkpoints.memlong(), output, tokens, cache, steps=2, learning_rate=1e-3, restart=True)
+
+
+def test_a_run_that_goes_on_keeps_what_was_better(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "a.safetensors"
+    best = train(checkpoints.memlong(), output, tokens, cache, steps=2)
+    monkeypatch.setattr(Trainer, "validate", lambda trainer: Validation(99.0, None, 1))
+    again = train(checkpoints.memlong(), output, tokens, cache, steps=4)
+    assert again.digest() == best.digest()
+    assert again.training["step"] == 2
+    assert len(log_of(output)) == 4 + 3  # The validations after 0, 2 and 4 steps are in it.
+
+
+def test_an_output_that_was_deleted_is_written_again(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.safetensors"
+    first = train(checkpoints.memlong(), output, tokens, cache, steps=2)
+    output.unlink()
+    assert train(checkpoints.memlong(), output, tokens, cache, steps=2).tensors.keys() == first.tensors.keys()
+
+
+def test_divergence_is_an_error(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    with pytest.raises(DivergedError, match=r"step \d+: the loss is (nan|inf)"):
+        train(checkpoints.memlong(gates=float("nan")), output, tokens, cache)
+    assert not output.exists()
+
+
+def test_what_an_interruption_left_half_done(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open({"a": 1}, restart=False)
+    folder.log({"step": 1})
+    folder.open({"a": 1}, restart=False)
+    assert not folder.log_file.exists()  # No state: the steps of the log will be taken again.
+    folder.log({"step": 1, "validation": {"nll": 2.5}})
+    (folder.folder / "state.previous").mkdir()
+    folder.open({"a": 1}, restart=False)
+    assert folder.has_state
+    assert folder.lowest_validation() == 2.5
+
+
+def test_a_memory_layer_that_does_not_read_is_frozen(checkpoints: Checkpoints) -> None:
+    for layers, first in (([1, 3], 1), ([3], 2)):
+        folder = checkpoints.memlong(memory_layer=1, retrieval_layers=layers)
+        model = MemLongForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        trained = select_trained(model, TrainedParts(rank=2, alpha=4.0, full=("norms",)), with_memory=True)
+        assert min(int(name.split(".")[2]) for name in trained if "layers." in name) == first
+
+
+def test_tied_embeddings_cannot_be_trained(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.memlong(shape={"tie_word_embeddings": True})
+    model = MemLongForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with pytest.raises(SettingsError, match="train_whole = 'embeddings': must be left out"):
+        select_trained(model, TrainedParts(full=("embeddings",)), with_memory=True)
+
+
+def test_another_retriever_means_other_features(
+    checkpoints: Checkpoints, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, retriever = tmp_path / "cache", tmp_path / "retriever"
+    shutil.copytree(checkpoints.retriever, retriever, copy_function=os.link)
+    folder = checkpoints.memlong(**{"retriever.model": str(retriever)})
+    train(folder, tmp_path / "a.safetensors", tokens, cache, steps=1)
+    (retriever / "another.txt").touch()
+    monkeypatch.delattr(FrozenHalf, "_embed")
+    with pytest.raises(AttributeError, match="_embed"):
+        train(folder, tmp_path / "b.safetensors", tokens, cache, steps=1)
+
+
+def test_validation_needs_texts_that_retrieve(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TextsError, match=r"--valid-tokens: nothing is retrieved"):
+        train(checkpoints.memlong(local_window=512), tmp_path / "a.safetensors", tokens, cache, steps=1)
 
 
 def test_more_steps_continue_a_finished_run(
@@ -127,8 +207,6 @@ def test_the_control_learns_nothing_of_memory(
 def test_features_are_computed_once(
     checkpoints: Checkpoints, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memlong_vllm.training.features import FrozenHalf
-
     first = train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, tmp_path / "cache", steps=2)
     monkeypatch.delattr(FrozenHalf, "_run_lower")
     monkeypatch.delattr(FrozenHalf, "_embed")
@@ -142,12 +220,13 @@ def test_features_are_computed_once(
         ({"steps": 0}, "steps = 0"),
         ({"schedule": "step"}, "schedule = 'step'"),
         ({"precision": "fp16"}, "precision = 'fp16'"),
+        ({"parts": {"dropout": 1.0}}, "lora_dropout = 1.0"),
         ({"memory_learning_rate": 0.0}, "memory_learning_rate = 0.0"),
     ],
 )
 def test_bad_settings_are_named(values: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        FinetuneSettings(**values)
+        with_overrides(FinetuneSettings(), values.pop("parts", values))
 
 
 def test_a_segment_must_hold_whole_strides(
@@ -168,4 +247,3 @@ def test_overrides_reach_the_parts() -> None:
     settings = with_overrides(PRESETS["paper"], {"rank": 4, "steps": 7, "rows": None})
     assert (settings.parts.rank, settings.steps, settings.rows) == (4, 7, PRESETS["paper"].rows)
     assert settings.warmup_steps == 1000
-    assert PARTS.rank == 2

@@ -41,7 +41,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         options = ["--cache-dir", str(tmp_path / "cache"), *OPTIONS.split(), *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", ["memlong-vllm", "finetune", *options])
         status = console.main()
-        return status, capsys.readouterr().out
+        return status, "".join(capsys.readouterr())
 
     return run
 
@@ -66,7 +66,8 @@ def test_texts_become_an_adapter(
     assert "model.layers.3.input_layernorm.weight" in adapter.tensors
     assert "model.layers.1.input_layernorm.weight" not in adapter.tensors  # What is stored depends on it.
     lines = [json.loads(line) for line in (Path(f"{output}.run") / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+    assert lines[1]["learning_rate"] == 1e-3  # Of LoRA; what reads memory has another.
     assert lines[-1]["validation"]["num_tokens"] > 0
 
 
@@ -93,6 +94,7 @@ def test_a_dataset_in_a_folder(
         (["--texts", __file__, "--lora-targets", "q_proj,wq"], "LoRA targets ['wq'] are unknown"),
         (["--texts", __file__, "--document-tokens", "10"], "at least one segment (64) is needed"),
         (["--texts", __file__, "--rows", "0"], "rows = 0: must be positive"),
+        (["--texts", __file__, "--weave-facts", "-1"], "must be 0 or more"),
         (["--dataset", "no-such-dataset-here"], "--dataset no-such-dataset-here"),
     ],
 )

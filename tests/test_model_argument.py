@@ -20,6 +20,7 @@ def test_folders_and_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     assert resolve_model("demo") == demo_checkpoint()
     assert resolve_model("./demo") == Path("demo")
+    assert resolve_model("demo-base") == demo_checkpoint(adapted=False)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nobody/has-this", ""])
@@ -43,6 +44,7 @@ def test_a_demo_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
 COMMANDS: dict[str, tuple[str, ...]] = {
     "plan": ("plan", "--context", "4096"),
     "demo": ("demo",),
+    "finetune": ("finetune", "--texts", __file__, "--output", "a.safetensors"),
     "memory": ("memory", "import", "name", __file__, "--memory-dir", "memories"),
 }
 

@@ -63,4 +63,4 @@ def frozen_half(folder: Path, model: MemLongForCausalLM, cache: Path) -> FrozenH
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     autocast = Accelerator(cpu=True, mixed_precision="no").autocast
-    return FrozenHalf(folder, model, embedder.embed, decode, cache, torch.float32, autocast)
+    return FrozenHalf(folder, model, embedder.embed, decode, cache, torch.float32, autocast, "the checkpoint's own")

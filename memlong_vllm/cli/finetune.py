@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memlong_vllm.cli.convert import is_memlong
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import MemLongConfig, MemoryConfigError
 from memlong_vllm.retriever.embedder import RetrieverLoadError
@@ -23,13 +24,16 @@ from memlong_vllm.training.finetune import FinetuneJob, finetune
 from memlong_vllm.training.run_state import ResumeError
 from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
 from memlong_vllm.training.trainable import SettingsError
+from memlong_vllm.training.trainer import DivergedError
 from memlong_vllm.training.woven_facts import WeaveRecipe, weave
 
-_ERRORS = (SettingsError, TextsError, ResumeError, RetrieverLoadError, MemoryConfigError, ModelArgumentError)
+_ERRORS = (
+    SettingsError, TextsError, ResumeError, RetrieverLoadError, MemoryConfigError, ModelArgumentError, DivergedError,
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="MemLong checkpoint to train (a folder), or demo")
+    parser.add_argument("--model", required=True, help="MemLong checkpoint to train (a folder), or demo-base")
     parser.add_argument("--output", type=Path, required=True, help="adapter file to write (.safetensors)")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from; options override them")
     parser.add_argument("--restart", action="store_true", help="forget an interrupted run with this output")
@@ -89,9 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     try:
         start = PRESETS[arguments.preset] if arguments.preset else FinetuneSettings()
+        _check(arguments)
         settings = with_overrides(start, {name: getattr(arguments, name) for name in _SETTINGS})
         job = FinetuneJob(
-            resolve_model(arguments.model),
+            _checkpoint(arguments.model),
             arguments.output,
             arguments.cache_dir or _default_cache(),
             arguments.retriever_path,
@@ -101,11 +106,26 @@ def run(arguments: argparse.Namespace) -> int:
         )
         finetune(job, settings, _Texts(arguments, settings, job.model))
     except _ERRORS as error:
-        print(f"memlong-vllm finetune: {error}")
+        print(f"memlong-vllm finetune: {error}", file=sys.stderr)
         return 2
     print(f"written to {job.output}; its log is {job.folder / 'log.jsonl'}")
     print(f"merge it: memlong-vllm convert BASE OUT --adapter {job.output}")
     return 0
+
+
+def _checkpoint(text: str) -> Path:
+    path = resolve_model(text)
+    if not is_memlong(path):
+        raise ModelArgumentError(f"--model {text}: no MemLong checkpoint; make one of it with memlong-vllm convert")
+    return path
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    output = arguments.output
+    if output.is_dir() or output.suffix != ".safetensors":
+        raise SettingsError(f"--output {output}: name a .safetensors file")
+    if arguments.weave_facts < 0:
+        raise SettingsError(f"--weave-facts {arguments.weave_facts}: must be 0 or more")
 
 
 def _default_cache() -> Path:

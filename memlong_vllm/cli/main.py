@@ -18,6 +18,10 @@ COMMANDS = {
 }
 
 
+EXTRAS = {"finetune": "train"}
+"""Which of the package's optional dependencies a command cannot do without."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="memlong-vllm", description="MemLong inside vLLM")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -25,7 +29,14 @@ def main() -> int:
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
         if name == chosen:  # Import one command's needs only.
-            module = importlib.import_module(f"memlong_vllm.cli.{name}")
+            try:
+                module = importlib.import_module(f"memlong_vllm.cli.{name}")
+            except ModuleNotFoundError as error:
+                if name not in EXTRAS:
+                    raise
+                needed = f"pip install 'memlong-vllm[{EXTRAS[name]}]'"
+                print(f"memlong-vllm {name}: the package {error.name!r} is missing: {needed}", file=sys.stderr)
+                return 2
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     arguments = parser.parse_args()

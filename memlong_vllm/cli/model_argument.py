@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from memlong_vllm.demo_model import DemoModelError, demo_checkpoint
 
-DEMO = "demo"
+DEMO, DEMO_BASE = "demo", "demo-base"
 
 
 class ModelArgumentError(ValueError):
@@ -18,14 +18,15 @@ class ModelArgumentError(ValueError):
 
 def resolve_model(text: str) -> Path:
     """The folder of a model: a path, ``"demo"`` for the demo checkpoint (made if need be; a folder
-    of that name is ``./demo``), or the hub name of a model that was downloaded before.
+    of that name is ``./demo``), ``"demo-base"`` for the same before fine-tuning, or the hub name of
+    a model that was downloaded before.
 
     Raises:
         ModelArgumentError: if it is none of these, or the demo checkpoint cannot be made.
     """
-    if text == DEMO:
+    if text in (DEMO, DEMO_BASE):
         try:
-            return demo_checkpoint()
+            return demo_checkpoint(adapted=text == DEMO)
         except DemoModelError as error:
             raise ModelArgumentError(str(error)) from error
         except OSError as error:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from memlong_vllm.cli.convert import ConversionError, load_base, memlong_config
+from memlong_vllm.cli.convert import ConversionError, is_memlong, load_base, memlong_config
 from memlong_vllm.cli.demo import NOVEL
-from memlong_vllm.config import MemLongConfig, MemoryConfigError
-from memlong_vllm.demo_model import DemoModelError, demo_checkpoint
+from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
+from memlong_vllm.config import MemoryConfigError
 from memlong_vllm.probe.experiment import ProbeResult, ProbeSettings, run_probe
 from memlong_vllm.probe.plot import can_plot, plot
 from memlong_vllm.probe.report import convert_command, to_json, to_markdown
@@ -23,7 +23,6 @@ from memlong_vllm.probe.trials import ProbeError
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.ridge import RidgeError
 
-DEMO = "demo"
 DEFAULTS = ProbeSettings()
 
 
@@ -47,14 +46,6 @@ def load_model(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
         return model.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ProbeError(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
-def is_memlong(path: Path) -> bool:
-    config = path / "config.json"
-    try:
-        return config.is_file() and json.loads(config.read_text())["model_type"] == MemLongConfig.model_type
-    except (ValueError, LookupError, TypeError):
-        return False  # Loading it says what is wrong.
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
@@ -146,10 +137,10 @@ def run(arguments: argparse.Namespace) -> int:
         settings = settings_of(arguments)
         check_output(arguments.output)
         texts = read_texts(arguments.texts)
-        path = demo_checkpoint() if arguments.model == DEMO else Path(arguments.model)
+        path = Path(arguments.model) if Path(arguments.model).is_file() else resolve_model(arguments.model)
         model, tokenizer = load_model(path, getattr(torch, arguments.dtype), arguments.device)
         result = run_probe(model, tokenizer, texts, settings, say)
-    except (ProbeError, RidgeError, ConversionError, MemoryConfigError, DemoModelError) as error:
+    except (ProbeError, RidgeError, ConversionError, MemoryConfigError, ModelArgumentError) as error:
         print(f"memlong-vllm probe: {error}", file=sys.stderr)
         return 2
     markdown = to_markdown(result, arguments.model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -66,6 +68,28 @@ class FlagEmbedder:
         return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
 
 
+def _located(model: str, checkpoint: str) -> str:
+    inside = Path(checkpoint) / model
+    return str(inside) if inside.is_dir() else model
+
+
+def embedder_digest(config: RetrieverConfig, checkpoint: str) -> str:
+    """Tells embedders apart: a digest of the files of one that is a folder, else its name.
+
+    Args:
+        checkpoint: as for :func:`load_embedder`.
+    """
+    folder = Path(_located(config.model, checkpoint))
+    if not folder.is_dir():
+        return config.model
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def load_embedder(config: RetrieverConfig, checkpoint: str, device: str) -> Embedder:
     """Load the embedder that a configuration names.
 
@@ -80,9 +104,7 @@ def load_embedder(config: RetrieverConfig, checkpoint: str, device: str) -> Embe
         if ":" in config.model and not Path(config.model).exists():
             module, _, name = config.model.partition(":")
             return getattr(importlib.import_module(module), name)(config, device)
-        inside = Path(checkpoint) / config.model
-        if inside.is_dir():
-            config = RetrieverConfig(str(inside), config.pooling, config.max_length, config.query_instruction)
+        config = replace(config, model=_located(config.model, checkpoint))
         return FlagEmbedder(config, device)
     except Exception as error:
         raise RetrieverLoadError(

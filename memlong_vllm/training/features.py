@@ -60,6 +60,7 @@ class FrozenHalf:
         cache_dir: where results are kept; made if need be.
         dtype: of what is kept.
         autocast: a context manager's factory that sets the precision of the forward pass.
+        retriever_digest: tells embedders apart that the configuration gives one name.
     """
 
     def __init__(
@@ -71,14 +72,15 @@ class FrozenHalf:
         cache_dir: Path,
         dtype: torch.dtype,
         autocast: Callable[[], torch.autocast],
+        retriever_digest: str,
     ) -> None:
         self.config = model.config.memory
         self.model, self.stack = model, LayerStack(model, range(self.config.memory_layer))
         self.embed_texts, self.decode = embed_texts, decode
         self.cache_dir, self.dtype, self.autocast = cache_dir, dtype, autocast
         lower = model_fingerprint(checkpoint, self.config.memory_layer)
-        self._lower_key = [FORMAT, lower, str(dtype), str(model.device)]
-        self._retriever_key = [FORMAT, asdict(self.config.retriever)]
+        self._lower_key = [FORMAT, lower, str(dtype), model.device.type]
+        self._retriever_key = [FORMAT, asdict(self.config.retriever), retriever_digest]
         cache_dir.mkdir(parents=True, exist_ok=True)
 
     def features(self, document: Document) -> DocumentFeatures:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import AutoTokenizer
 
 from memlong_vllm.adapters.adapter import Adapter, LoraSettings
-from memlong_vllm.adapters.adapter_file import save_adapter
+from memlong_vllm.adapters.adapter_file import load_adapter, save_adapter
 from memlong_vllm.adapters.base_identity import BaseIdentity, backbone_identity
+from memlong_vllm.config import RetrieverConfig
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
-from memlong_vllm.retriever.embedder import load_embedder
+from memlong_vllm.retriever.embedder import embedder_digest, load_embedder
 from memlong_vllm.training.calibration import calibrate, is_fresh
-from memlong_vllm.training.documents import Document
+from memlong_vllm.training.documents import Document, TextsError
 from memlong_vllm.training.features import DocumentFeatures, FrozenHalf
 from memlong_vllm.training.run_state import RunFolder
 from memlong_vllm.training.settings import FinetuneSettings
@@ -71,43 +74,56 @@ def finetune(
 
     Raises:
         SettingsError, TextsError, ResumeError, RetrieverLoadError: before training begins.
+        DivergedError: if the loss is no number any more.
     """
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator(settings, job.cpu)
     say_once = say if accelerator.is_main_process else _silent
+    trainer, best = _prepare(job, settings, make_documents, accelerator, say_once)
+    trainer.run(best.offer if accelerator.is_main_process else _ignore)
+    if accelerator.is_main_process and not (trainer.valid and job.output.exists()):
+        best.write(trainer.step, None)
+    accelerator.wait_for_everyone()
+    return load_adapter(job.output)
+
+
+def _prepare(
+    job: FinetuneJob,
+    settings: FinetuneSettings,
+    make_documents: Callable[[Any], tuple[list[Document], list[Document]]],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> tuple[Trainer, _BestAdapter]:
+    """Everything up to the first step, or to the step where an interrupted run was."""
     model = MemLongForCausalLM.from_pretrained(job.model, dtype=torch.float32).to(accelerator.device)
     settings.check_model(model.config.memory)
-    base = backbone_identity(model.state_dict(), model.config)
     tokenizer = AutoTokenizer.from_pretrained(job.model, config=model.config)
     documents, valid_documents = make_documents(tokenizer)
+    if len(documents) < accelerator.num_processes:
+        raise TextsError(f"{len(documents)} training texts are too few for {accelerator.num_processes} processes")
+    base = backbone_identity(model.state_dict(), model.config)
+    identity = _identity(job, settings, base, model, documents, valid_documents, accelerator.num_processes)
     folder = RunFolder(job.folder)
-    identity = _identity(settings, base, model, documents, valid_documents)
-    resumes = False
     if accelerator.is_main_process:
-        resumes = folder.open(identity, job.restart)
+        folder.open(identity, job.restart)
     accelerator.wait_for_everyone()
-    resumes = resumes or (folder.folder / "state").is_dir()
 
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     trained = select_trained(model, settings.parts, settings.with_memory)
+    # LoRA begins alike everywhere; what dropout draws from now on does not.
+    torch.manual_seed(settings.seed + accelerator.process_index)
     half_precision(model, dtype)
     frozen = _frozen_half(job, model, tokenizer, dtype, accelerator)
-    train, valid = (_all_features(frozen, part, accelerator, say_once) for part in (documents, valid_documents))
-    if not resumes:
-        _start_memory(model, train, settings, accelerator, say_once)
+    train, valid = (_all_features(frozen, part, accelerator, say) for part in (documents, valid_documents))
+    if not folder.has_state:
+        _start_memory(model, train, settings, accelerator, say)
     trainer = Trainer(model, trained, train, valid, settings, accelerator, folder)
-    if resumes:
-        trainer.restore()
-        say_once(f"going on from step {trainer.step} of {settings.steps}")
-
     best = _BestAdapter(job, model, settings, base, identity, trained)
-    if accelerator.is_main_process and valid and trainer.step == 0:
-        best.offer(0, trainer.validate())
-    trainer.run(best.offer if accelerator.is_main_process else _ignore)
-    if accelerator.is_main_process and not valid:
-        best.write(trainer.step, None)
-    accelerator.wait_for_everyone()
-    return best.adapter
+    if folder.has_state:
+        trainer.restore()
+        say(f"going on from step {trainer.step} of {settings.steps}")
+        best.lowest = folder.lowest_validation() if job.output.exists() else best.lowest
+    return trainer, best
 
 
 def _silent(text: str) -> None:
@@ -119,16 +135,20 @@ def _ignore(step: int, validation: Validation) -> None:
 
 
 def _identity(
+    job: FinetuneJob,
     settings: FinetuneSettings,
     base: BaseIdentity,
     model: MemLongForCausalLM,
     documents: Sequence[Document],
     valid: Sequence[Document],
+    num_processes: int,
 ) -> dict[str, Any]:
     """What makes a run this run; steps may be added to a finished one."""
     return {
         "settings": {name: value for name, value in settings.to_dict().items() if name not in ("steps", "save_every")},
+        "num_processes": num_processes,
         "base": base.digest,
+        "retriever": embedder_digest(_retriever(job, model), str(job.model)),
         "memlong": model.config.memory.to_dict(),
         "memory_parameters": _digest_of_memory(model),
         "train": [_describe(document) for document in documents],
@@ -150,21 +170,24 @@ def _digest_of_memory(model: MemLongForCausalLM) -> str:
 
 
 def _frozen_half(job: FinetuneJob, model: Any, tokenizer: Any, dtype: torch.dtype, accelerator: Any) -> FrozenHalf:
-    retriever, device = model.config.memory.retriever, accelerator.device
+    retriever, device = _retriever(job, model), accelerator.device
     embedders: list[Any] = []
 
     def embed_texts(texts: list[str]) -> Any:
         if not embedders:  # Loaded when something is not in the cache.
-            config = retriever if job.retriever_path is None else type(retriever)(
-                job.retriever_path, retriever.pooling, retriever.max_length, retriever.query_instruction
-            )  # fmt: skip
-            embedders.append(load_embedder(config, str(job.model), str(device)))
+            embedders.append(load_embedder(retriever, str(job.model), str(device)))
         return embedders[0].embed(texts)
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    return FrozenHalf(job.model, model, embed_texts, decode, job.cache_dir, dtype, accelerator.autocast)
+    digest = embedder_digest(retriever, str(job.model))
+    return FrozenHalf(job.model, model, embed_texts, decode, job.cache_dir, dtype, accelerator.autocast, digest)
+
+
+def _retriever(job: FinetuneJob, model: MemLongForCausalLM) -> RetrieverConfig:
+    configured = model.config.memory.retriever
+    return configured if job.retriever_path is None else replace(configured, model=job.retriever_path)
 
 
 def _all_features(
@@ -195,12 +218,23 @@ def _start_memory(model: Any, train: Sequence[DocumentFeatures], settings: Any, 
 
 
 class _BestAdapter:
-    """Writes the adapter whenever validation is better than before."""
+    """Writes the adapter whenever validation is better than before.
 
-    def __init__(self, job: FinetuneJob, model: Any, settings: Any, base: Any, identity: Any, trained: Any) -> None:
+    Attributes:
+        lowest: negative log-likelihood of the best so far; infinite if there is none.
+    """
+
+    def __init__(
+        self,
+        job: FinetuneJob,
+        model: MemLongForCausalLM,
+        settings: FinetuneSettings,
+        base: BaseIdentity,
+        identity: dict[str, Any],
+        trained: dict[str, nn.Parameter],
+    ) -> None:
         self.job, self.model, self.settings, self.base = job, model, settings, base
         self.identity, self.trained = identity, trained
-        self.adapter: Adapter = None  # type: ignore[assignment]
         self.lowest = float("inf")
 
     def offer(self, step: int, validation: Validation) -> None:
@@ -224,6 +258,6 @@ class _BestAdapter:
             for name, tensor in learned_tensors(self.model, self.trained).items()
         }
         lora = LoraSettings(parts.rank, parts.alpha) if parts.rank else None
-        self.adapter = Adapter(tensors, lora, self.model.config.memory.to_dict(), self.base, training)
+        adapter = Adapter(tensors, lora, self.model.config.memory.to_dict(), self.base, training)
         self.job.output.parent.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.adapter, self.job.output)
+        save_adapter(adapter, self.job.output)

@@ -32,8 +32,13 @@ class RunFolder:
     def log_file(self) -> Path:
         return self.folder / "log.jsonl"
 
-    def open(self, identity: dict[str, Any], restart: bool) -> bool:
-        """Begin a run, or find the one that was interrupted. Returns whether there is a state.
+    @property
+    def has_state(self) -> bool:
+        """Whether an interrupted or finished run can go on from here."""
+        return (self.folder / "state").is_dir()
+
+    def open(self, identity: dict[str, Any], restart: bool) -> None:
+        """Begin a run, or find the one that was interrupted (:attr:`has_state`).
 
         Args:
             identity: settings, model and data: JSON values that must be the same to go on.
@@ -49,12 +54,20 @@ class RunFolder:
             known = json.loads(description.read_text())
             differing = sorted(key for key in identity.keys() | known.keys() if identity.get(key) != known.get(key))
             if differing:
-                changes = "; ".join(f"{key}: {known.get(key)!r} then, {identity.get(key)!r} now" for key in differing)
+                changes = "; ".join(_difference(key, known.get(key), identity.get(key)) for key in differing)
                 raise ResumeError(f"{self.folder} holds another run ({changes}): choose another output or --restart")
-            return (self.folder / "state").is_dir()
+            self._settle()
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         description.write_text(json.dumps(identity, indent=2) + "\n")
-        return False
+
+    def _settle(self) -> None:
+        """Undo what an interruption left half done."""
+        previous = self.folder / "state.previous"
+        if previous.is_dir() and not self.has_state:
+            os.replace(previous, self.folder / "state")
+        if not self.has_state:
+            self.log_file.unlink(missing_ok=True)
 
     def save(self, shared: dict[str, Any], own: dict[str, Any], rank: int, wait_for_all: Any) -> None:
         """Keep a step: ``shared`` once, ``own`` of each process."""
@@ -88,9 +101,38 @@ class RunFolder:
             lines = [line for line in self.log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
             self.log_file.write_text("".join(line + "\n" for line in lines))
 
+    def lowest_validation(self) -> float:
+        """Negative log-likelihood of the best validation so far, infinite without one."""
+        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
+        entries = [json.loads(line) for line in lines]
+        return min((e["validation"]["nll"] for e in entries if e["step"] and "validation" in e), default=float("inf"))
+
     def log(self, entry: dict[str, Any]) -> None:
         with self.log_file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    """What differs, by its innermost name."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        names = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+        return "; ".join(_difference(f"{key}.{name}", then.get(name), now.get(name)) for name in names)
+    if isinstance(then, list) and isinstance(now, list):
+        return f"{key}: {len(then)} then, {len(now)} now, {len(set(map(str, then)) & set(map(str, now)))} in both"
+    return f"{key}: {then!r} then, {now!r} now"
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def restore_rng(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """What :func:`rng_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def carried_state(carried: Carried) -> dict[str, Any]:

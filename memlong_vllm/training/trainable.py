@@ -31,10 +31,11 @@ class TrainedParts:
     Attributes:
         rank, alpha: of LoRA; its effect is scaled by alpha / rank. Rank 0: no LoRA.
         dropout: of LoRA's input.
-        targets: linear layers that get LoRA, of all layers from the memory layer up. Keys and
-            values of the memory layer itself never do: they are what is stored.
-        full: ``"norms"``, ``"embeddings"``: trained whole. Input embeddings are never trained if
-            they are tied to the head: the frozen half would change under the bank.
+        targets: linear layers that get LoRA, of all layers above the memory layer, and of the
+            memory layer if it also reads. Its keys and values never do: they are what is stored.
+        full: ``"norms"`` of these layers, ``"embeddings"``: trained whole. Of embeddings it is the
+            head's: those of the input are frozen, or the bank's contents would change. A model that
+            ties the two cannot train them.
     """
 
     rank: int = 16
@@ -50,6 +51,8 @@ class TrainedParts:
         unknown = [name for name in self.full if name not in _FULL]
         if unknown:
             raise SettingsError(f"parts to train whole {unknown} are unknown; there are {sorted(_FULL)}")
+        if not 0 <= self.dropout < 1:
+            raise SettingsError(f"lora_dropout = {self.dropout}: must be at least 0 and less than 1")
         if self.rank < 0 or (self.rank > 0 and self.alpha <= 0):
             raise SettingsError(f"LoRA rank {self.rank} and alpha {self.alpha} must be positive (rank 0: no LoRA)")
 
@@ -60,14 +63,17 @@ def select_trained(model: MemLongForCausalLM, parts: TrainedParts, with_memory: 
     Args:
         with_memory: whether gates, biases and adapters of memory learn.
     """
-    memory_layer, num_layers = model.config.memory.memory_layer, model.config.num_hidden_layers
+    if "embeddings" in parts.full and model.config.tie_word_embeddings:
+        raise SettingsError(
+            "train_whole = 'embeddings': must be left out, the model ties them and the frozen half reads them"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if parts.rank > 0:
         wanted = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and _gets_lora(name, parts.targets, memory_layer, num_layers)
+            if isinstance(module, nn.Linear) and _gets_lora(name, parts.targets, model)
         ]
         pattern = "|".join(re.escape(name) for name in wanted)
         alpha: Any = parts.alpha  # Declared int, used as a number.
@@ -93,11 +99,17 @@ def _layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _gets_lora(name: str, targets: tuple[str, ...], memory_layer: int, num_layers: int) -> bool:
+def _gets_lora(name: str, targets: tuple[str, ...], model: MemLongForCausalLM) -> bool:
     layer, leaf = _layer(name), name.rpartition(".")[2]
-    if layer is None or layer < memory_layer or leaf not in targets:
+    if layer is None or layer < _first_trained(model) or leaf not in targets:
         return False
-    return layer > memory_layer or leaf not in ("k_proj", "v_proj")
+    return layer > model.config.memory.memory_layer or leaf not in ("k_proj", "v_proj")
+
+
+def _first_trained(model: MemLongForCausalLM) -> int:
+    """The memory layer, where it reads as well as stores, else the one above it (section 3.1)."""
+    memory = model.config.memory
+    return memory.memory_layer + (memory.memory_layer not in memory.retrieval_layers)
 
 
 def _used(name: str, model: MemLongForCausalLM) -> bool:
@@ -115,10 +127,8 @@ def _may_change(name: str, model: MemLongForCausalLM) -> bool:
     """False for what the frozen half, or what it stores, is made of."""
     layer, memory_layer = _layer(name), model.config.memory.memory_layer
     if layer is not None:
-        return layer > memory_layer or (layer == memory_layer and "input_layernorm" not in name)
-    return not name.startswith("model.embed_tokens") and not (
-        name.startswith("lm_head") and model.config.tie_word_embeddings
-    )
+        return layer >= _first_trained(model) and not (layer == memory_layer and "input_layernorm" in name)
+    return not name.startswith("model.embed_tokens")
 
 
 def learned_tensors(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

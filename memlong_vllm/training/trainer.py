@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.training.features import DocumentFeatures
-from memlong_vllm.training.run_state import RunFolder, carried_state, restored_carried
+from memlong_vllm.training.run_state import RunFolder, carried_state, restore_rng, restored_carried, rng_state
 from memlong_vllm.training.segment_memory import Carried
 from memlong_vllm.training.settings import FinetuneSettings
 from memlong_vllm.training.streams import SegmentReader, Streams
@@ -57,6 +57,10 @@ class Progress:
     weight: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+
+
+class DivergedError(RuntimeError):
+    """The loss is no number any more; what was validated before is kept."""
 
 
 class Trainer:
@@ -104,10 +108,16 @@ class Trainer:
         return torch.optim.AdamW(made, weight_decay=self.settings.weight_decay, betas=(0.9, 0.98))
 
     def run(self, on_validation: Callable[[int, Validation], None] = lambda step, validation: None) -> None:
-        """Train to the end, from where the run was."""
+        """Train to the end, from where the run was.
+
+        Raises:
+            DivergedError: at the first step whose loss is not finite.
+        """
         settings, main = self.settings, self.accelerator.is_main_process
         self.upper.train()
         with tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main) as bar:
+            if self.step == 0:
+                self._validate(bar, on_validation)
             while self.step < settings.steps:
                 entry = self._update()
                 self.step += 1
@@ -133,14 +143,17 @@ class Trainer:
                     self.accelerator.clip_grad_norm_(list(self.trained.values()), self.settings.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        rate = self.scheduler.get_last_lr()[0]
+        factor = learning_rate_factor(self.settings, self.step)
         self.scheduler.step()
         seconds = time.perf_counter() - started
+        loss = progress.weighted / max(progress.weight, 1e-9)
+        if not math.isfinite(loss):
+            raise DivergedError(f"step {self.step + 1}: the loss is {loss}; lower learning_rate and --restart")
         return {
             "step": self.step + 1,
-            "loss": progress.weighted / max(progress.weight, 1e-9),
+            "loss": loss,
             "tokens_per_s": progress.tokens * self.accelerator.num_processes / seconds,
-            "learning_rate": rate,
+            "learning_rate": self.settings.learning_rate * factor,
             "epoch": self.streams.epoch,
             **self._gate_sizes(),
         }
@@ -189,7 +202,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        own = {"streams": self.streams.state(), "carried": carried_state(self.carried), "rng": torch.get_rng_state()}
+        own: dict[str, Any] = {"streams": self.streams.state(), "carried": carried_state(self.carried)}
+        own["rng"] = rng_state(self.accelerator.device)
         self.folder.save(shared, own, self.accelerator.process_index, self.accelerator.wait_for_everyone)
 
     def restore(self) -> None:
@@ -201,7 +215,7 @@ class Trainer:
         self.scheduler.load_state_dict(shared["scheduler"])
         self.streams.restore(own["streams"])
         self.carried = restored_carried(own["carried"], self.accelerator.device)
-        torch.set_rng_state(own["rng"])
+        restore_rng(own["rng"], self.accelerator.device)
         self.step = int(shared["step"])
         if self.accelerator.is_main_process:
             self.folder.cut_log(self.step)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from memlong_vllm.config import MemoryConfig
+from memlong_vllm.training.documents import TextsError
 from memlong_vllm.training.features import DocumentFeatures
 from memlong_vllm.training.streams import SegmentReader
 from memlong_vllm.training.upper_half import UpperHalf
@@ -44,7 +45,11 @@ def validate(
     with_memory: bool,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Validation:
-    """Read every document once, one at a time, as training does."""
+    """Read every document once, one at a time, as training does.
+
+    Raises:
+        TextsError: if nothing is retrieved for any token.
+    """
     was_training = upper.training
     upper.eval()
     device = next(upper.parameters()).device
@@ -64,10 +69,16 @@ def validate(
                 totals[mode] += float(loss.nll[0].cpu()[counts].sum())
                 counted += int(counts.sum()) if mode is False else 0
     upper.train(was_training)
-    without = totals[False] / max(1, counted)
+    if not counted:
+        raise TextsError(
+            "--valid-tokens: nothing is retrieved in the validation texts; in whole segments of "
+            f"{segment_tokens} tokens they must be a chunk ({config.chunk_size}) longer than the window "
+            f"({config.local_window}) at least"
+        )
+    without = totals[False] / counted
     if not with_memory:
         return Validation(without, None, counted)
-    return Validation(totals[True] / max(1, counted), without, counted)
+    return Validation(totals[True] / counted, without, counted)
 
 
 def _has_memory(features: DocumentFeatures, stride: int) -> torch.Tensor:
