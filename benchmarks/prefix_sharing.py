@@ -32,8 +32,8 @@ from engine_process import (
     write_result,
 )
 
-from memlong_vllm.cli.demo import NOVEL_QUESTIONS
 from memlong_vllm.config import MemLongConfig
+from memlong_vllm.demo.prompts import NOVEL_QUESTIONS
 from memlong_vllm.demo_model import demo_checkpoint
 from memlong_vllm.evaluation.plain_backbone import plain_backbone
 

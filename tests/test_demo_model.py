@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from memlong_vllm.adapters import Adapter, LoraSettings, backbone_identity, save_adapter
 from memlong_vllm.cli.convert import load_base
-from memlong_vllm.cli.demo import NOVEL_QUESTIONS
 from memlong_vllm.config import MemLongConfig
+from memlong_vllm.demo.prompts import NOVEL_QUESTIONS
 from memlong_vllm.demo_model import BACKBONE, DemoModelError, build, demo_checkpoint, locate, recipe_digest
 from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_parity

@@ -1,0 +1,1 @@
+"""What ``memlong-vllm demo`` does: questions about a document, in one batch through vLLM."""

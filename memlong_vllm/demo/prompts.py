@@ -1,0 +1,112 @@
+"""The demo's document and what is asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import memlong_vllm
+from memlong_vllm.config import MemLongConfig
+from memlong_vllm.recall_material import sentence_breaks
+
+NOVEL = Path(memlong_vllm.__file__).parents[1] / "examples" / "data" / "doyle_lost_world.txt"
+NOVEL_QUESTIONS = (
+    "Who was Maple White, how did he die, and what was found in the sketch-book that he left behind?",
+    "What does Tarp Henry, the bacteriologist of Nature, tell Malone about the zoologist George Edward Challenger?",
+    "What kind of man does Gladys want to love and to marry? What must a man do before she would be his wife?",
+    "What does the news editor McArdle tell Malone about Professor Challenger's expedition to South America?",
+)
+GENERAL_QUESTIONS = (
+    "Who is the most important person in this text, and how is this person described when first mentioned?",
+    "Where do the events of this text take place, and how is that place described?",
+    "What do the people in this text argue about, and who disagrees with whom?",
+    "What problem is described at the beginning of this text, and what is planned to solve it?",
+)
+# Written into the text a quarter from its beginning; the wording of Mohtashami and Jaggi (2023).
+KEY = "71432"
+KEY_NOTE = "\n\nThe pass key is {0}. Remember it. {0} is the pass key.\n\n"
+KEY_QUESTION = "What is the pass key? The pass key is"
+DEFAULT_TOKENS = 16384
+
+
+class DemoError(ValueError):
+    """The demo cannot run as asked. The message is one line for the user."""
+
+
+@dataclass
+class Question:
+    """A question, its whole prompt as tokens, and the answer. Times are seconds since the batch began.
+
+    Attributes:
+        for_key: whether the pass key is asked for, in the plain text's continuation.
+        with_memory: False: nothing is retrieved for this prompt.
+    """
+
+    text: str
+    token_ids: list[int]
+    for_key: bool = False
+    with_memory: bool = True
+    answer: str = ""
+    num_tokens: int = 0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+
+def read_document(path: Path | None) -> str:
+    if path is None and not NOVEL.is_file():
+        raise DemoError("the novel is in the source checkout only (examples/data): name a text with --document FILE")
+    try:
+        return (path or NOVEL).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise DemoError(f"--document {path or NOVEL}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class PassKey:
+    """A number that is written into the document: ``place`` is its note's first token in a prompt."""
+
+    number: str
+    place: int
+
+
+def build_prompts(
+    tokenizer: Any, config: MemLongConfig, document: str, num_tokens: int | None, questions: Sequence[str]
+) -> tuple[list[Question], PassKey]:
+    """One prompt a question: the document's first ``num_tokens`` tokens, then the question, as a
+    user's message in the model's chat format; then two that ask for the pass key, the last without
+    memory. All share their tokens up to the question.
+
+    Raises:
+        DemoError: if the document has fewer tokens, or so few are asked for that all stay in the window.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    document_ids = encode(document)
+    if num_tokens is not None and num_tokens > len(document_ids):
+        raise DemoError(f"the document has {len(document_ids)} tokens; --tokens {num_tokens} is more")
+    num_tokens = num_tokens or min(DEFAULT_TOKENS, len(document_ids))
+    least = config.memory.local_window + 2 * config.memory.chunk_size
+    if num_tokens < least:
+        raise DemoError(
+            f"{num_tokens} tokens are too few: with less than {least}, nothing has left the local window "
+            f"of {config.memory.local_window} tokens, so there is nothing to retrieve"
+        )
+    before, after = "", "\nAnswer:"
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": "\x00"}]
+        before, _, after = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).partition(
+            "\x00"
+        )
+    shared = encode(before) + document_ids[:num_tokens]
+    breaks = sentence_breaks(shared, lambda token: tokenizer.decode([token]))
+    quarter = len(shared) // 4
+    key = PassKey(KEY, next((n for n in range(quarter, 2 * quarter) if shared[n - 1] in breaks), quarter))
+    shared[key.place : key.place] = encode(KEY_NOTE.format(key.number))
+    prompts = [Question(q, shared + encode(f"\n\n{q} Answer in one sentence.{after}")) for q in questions]
+    asked = shared + encode(f"\n\n{KEY_QUESTION}")
+    return [*prompts, Question(KEY_QUESTION, asked, True), Question(KEY_QUESTION, asked, True, with_memory=False)], key
