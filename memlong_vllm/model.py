@@ -187,8 +187,10 @@ def make_step_memory(vllm_config: VllmConfig, layers: Sequence[RetrievalAttentio
     adaptation = None
     if memory.memory_adapter is not None:
         adaptation = Adaptation(layers, heads, staging_tokens, tensor_model_parallel_all_gather)
-    num_rows = vllm_config.scheduler_config.max_num_seqs
-    return StepMemory(bank, num_rows, limits.top_k, staging_tokens, heads, adaptation)
+    scheduler = vllm_config.scheduler_config
+    return StepMemory(
+        bank, scheduler.max_num_seqs, limits.top_k, scheduler.max_num_batched_tokens, staging_tokens, heads, adaptation
+    )
 
 
 def rank_heads(total_num_kv_heads: int, num_kv_heads: int) -> RankHeads:
