@@ -151,10 +151,13 @@ class Run:
         output = self.output.clone()
         bias = self.bias if self.config.memory_bias else None
         lse = None if self.config.fusion == "gated" else self.lse
-        for _ in range(2):  # A second launch finds the kernel's own buffers as the first left them.
+        # A span without tokens, as behind those of a step, and one without chunks.
+        empty = torch.tensor([[0, 0, 0, 0, 0], [0, 1, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
+        for padding in (empty[:0], empty):  # The second launch finds the kernel's own buffers as the first left them.
             output.copy_(self.output)
             for spans, stored in self.memory.stored(1):
-                kernel.attend(self.query, output, spans, stored, self.cos_sin, self.gate, bias, lse)
+                padded = replace(spans, table=torch.cat((spans.table, padding)))
+                kernel.attend(self.query, output, padded, stored, self.cos_sin, self.gate, bias, lse)
         return output
 
     def expected(self) -> torch.Tensor:

@@ -21,7 +21,17 @@ ROW = tl.constexpr(4)
 NUM_COLUMNS = tl.constexpr(5)
 
 
-@triton.jit
+# These change from step to step, and nothing is faster for what they are divisible by.
+@triton.jit(
+    do_not_specialize=[
+        "num_splits",
+        "tiles_per_span",
+        "lse_token_stride",
+        "lse_head_stride",
+        "row_stride",
+        "head_stride",
+    ]
+)
 def retrieval_attention(
     query,
     output,

@@ -15,7 +15,7 @@ from memlong_vllm.kernels.attention import retrieval_attention
 from memlong_vllm.worker.step_buffers import Spans, Stored
 
 _FUSIONS = ("gated", "joint", "scaled_logits")
-# A block of keys, and one of values, in bytes: three of each in flight fit a consumer card's shared memory.
+# A block of keys, and one of values, in bytes: two of each in flight fit a consumer card's shared memory.
 _BLOCK_BYTES = 16384
 # Programs a multiprocessor should have to be busy, and the least blocks that are worth a program.
 _PROGRAMS_EACH = 4
@@ -62,6 +62,8 @@ class RetrievalKernel:
 
     Attributes:
         decode, prefill: shapes for spans of one token and for longer ones.
+        max_programs: that a set is split for.
+        is_warm: whether :meth:`RetrievalAttention.retrieve` has had it compiled.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class RetrievalKernel:
         # The interpreter multiplies bfloat16 as if it were integers.
         self._float32_dot = device.type != "cuda"
         self._top_k = top_k
+        self.is_warm = False
         multiprocessors = _INTERPRETED_MULTIPROCESSORS
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -93,22 +96,18 @@ class RetrievalKernel:
 
         A rank's layers use it one by one.
         """
-        self._max_programs = max_programs
+        self.max_programs = max_programs
         rows = max_programs * self.heads.group
         self._partial = torch.empty(rows, self._block_dim, dtype=torch.float32, device=device)
         self._stats = torch.empty(rows, 2, dtype=torch.float32, device=device)
         # How many splits of an item are done; the last sets it back to 0.
         self._arrivals = torch.zeros(max_programs, dtype=torch.int32, device=device)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._partial.nbytes + self._stats.nbytes + self._arrivals.nbytes
-
     def num_splits(self, num_spans: int) -> int:
         """Programs that share the chunks of a decoding token and key-value head."""
         blocks = -(-self._chunk_size // self.decode.block_memory)
         least = -(-_MIN_SPLIT_BLOCKS // blocks) * blocks if self._is_per_chunk else _MIN_SPLIT_BLOCKS
-        most = self._max_programs // (num_spans * self.heads.num_kv_heads)
+        most = self.max_programs // (num_spans * self.heads.num_kv_heads)
         return max(1, min(self._top_k * blocks // least, most))
 
     def attend(
@@ -182,5 +181,6 @@ class RetrievalKernel:
             BLOCK_MEMORY=shape.block_memory,
             BLOCK_DIM=self._block_dim,
             num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            # Where a chunk is has to be loaded a stage before the chunk.
+            num_stages=shape.num_stages + (stored.slots is not None),
         )
