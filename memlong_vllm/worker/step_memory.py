@@ -122,6 +122,15 @@ class StepMemory:
             if isinstance(group.source, SlotSource):
                 yield group.spans, Stored(*self.read(group.source, layer), None)
 
+    def nothing_stored(self, nums_spans: Sequence[int]) -> Iterator[tuple[Spans, Stored]]:
+        """Reads by which nothing is read: so many spans of one token and of several, without any."""
+        buffers = self.buffers
+        for stored in (self.working_set.stored(0), Stored(self.bank.keys, self.bank.values, buffers.slots)):
+            for num_spans in nums_spans:
+                table = torch.zeros(num_spans, buffers.spans.shape[1], dtype=torch.int32, device=self.bank.device)
+                for max_tokens in (1, 2):
+                    yield Spans(table, buffers.token_idx, buffers.positions, max_tokens), stored
+
     def end_step(self) -> None:
         """Save what the staged plan saves, if a plan is staged; the step is over."""
         plan = self._plan

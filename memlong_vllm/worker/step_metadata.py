@@ -141,6 +141,7 @@ def build_step_metadata(
                 held[len(span.slots)][rows[sequence.request_id]] = member
             else:
                 gathered[span.end - span.start, len(span.slots)].append(member)
+    groups: list[tuple[list[_Member], range | None]]
     groups = [*_gathered_groups(gathered, max_gathered_chunks), *_held_groups(held)]
     return _refresh(buffers, token_places, _make_parts(groups))
 
