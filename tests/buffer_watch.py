@@ -55,7 +55,7 @@ class BufferWatch:
         assert metadata is not None
         places, reads = planned(plan, dict(zip(req_ids, query_start_loc.tolist(), strict=False)), self._chunk_size)
         assert buffers.token_places[: len(places)].tolist() == places
-        assert self._reads() == reads
+        assert self._reads(reads) == reads
         num_spans = sum(len(sequence.reads) for sequence in plan.sequences)
         assert not buffers.spans[num_spans:, NUM_TOKENS].any()
         self.num_steps += 1
@@ -64,23 +64,22 @@ class BufferWatch:
     def _chunk_size(self) -> int:
         return self._memory.bank.chunk_size
 
-    def _reads(self) -> dict[int, Read]:
+    def _reads(self, wanted: dict[int, Read]) -> dict[int, Read]:
         """Of each row of the batch with memory: its local position and the slots it reads, as a
-        captured kernel sees them."""
+        captured kernel sees them; where it reads a copy, the wanted slots if it is one of them."""
         found: dict[int, Read] = {}
         bank, buffers = self._memory.bank, self._memory.buffers
         for spans, stored in self._memory.stored(0):
             first = self._first(spans.table)
             for span in buffers.spans[first : first + len(spans.table)].tolist():
                 entries = slice(span[FIRST_ENTRY], span[FIRST_ENTRY] + span[NUM_TOKENS])
-                slots: tuple[int, ...]
+                rows, positions = buffers.token_idx[entries].tolist(), buffers.positions[entries].tolist()
                 if stored.slots is not None:
                     slots = tuple(buffers.slots[span[FIRST_SLOT] : span[FIRST_SLOT] + span[NUM_CHUNKS]].tolist())
                 else:
-                    kept = stored.keys[span[ROW]].unflatten(1, (-1, self._chunk_size))
-                    same = [torch.all(bank.keys == kept[:, i, None], dim=(0, 2, 3)) for i in range(span[NUM_CHUNKS])]
-                    slots = tuple(int(which.nonzero()[0]) for which in same)
-                rows, positions = buffers.token_idx[entries].tolist(), buffers.positions[entries].tolist()
+                    slots = wanted[rows[0]][1]
+                    held = stored.keys[span[ROW], :, : span[NUM_CHUNKS] * self._chunk_size]
+                    assert torch.equal(held, bank.keys[:, slots].flatten(1, 2))
                 found |= {row: (position, slots) for row, position in zip(rows, positions, strict=True)}
         return found
 
