@@ -21,7 +21,7 @@ def addresses(memory: StepMemory) -> list[int]:
 def test_steps_of_any_shape_use_the_same_memory() -> None:
     memory = make_memory(num_rows=4)
     before = addresses(memory)
-    for sequences in ([decoding("a", 9, (3, 7), 1), PREFILL], [decoding("b", 3, (4,), 2)], []):
+    for sequences in ([decoding("a", 9, (3, 7), 1), PREFILL], [decoding("b", 3, (4,), 2)], [PREFILL]):
         begin(memory, *sequences)
         assert memory.metadata is not None
         assert addresses(memory) == before
