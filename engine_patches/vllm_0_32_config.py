@@ -119,11 +119,20 @@ def _warn(vllm_config: VllmConfig, memory: MemoryConfig) -> None:
 def _split_graphs(vllm_config: VllmConfig) -> None:
     """On CUDA, keep attention and the memory's operations out of captured graphs.
 
-    Setting ``splitting_ops`` drops vLLM's defaults, so they are listed as well.
+    They are Python: a full graph would replay what they did in the step it was captured in, so
+    graphs are piecewise, whatever was asked for. (What they read lies in buffers that are
+    refreshed in place, see :mod:`memlong_vllm.worker.step_buffers`.)
+
+    Setting ``splitting_ops`` drops vLLM's defaults, so they are listed as well. Fusing attention
+    with quantization would empty the list and ask for full graphs.
     """
     compilation = vllm_config.compilation_config
     cache_updates = ["vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update"]
     attention = compilation.splitting_ops or [*compilation._attention_ops, *cache_updates]
     compilation.splitting_ops = list(dict.fromkeys([*attention, *OPERATIONS]))
-    if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
+    compilation.pass_config.fuse_attn_quant = False
+    mode = compilation.cudagraph_mode
+    if mode is not None and mode.has_full_cudagraphs():
+        logger.info("MemLong runs with piecewise CUDA graphs, not %s", mode.name)
+    if mode is None or mode.has_full_cudagraphs():
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
-from memlong_vllm.config import GIB, MemoryConfig, max_sequence_slots, working_set_tokens
+from memlong_vllm.config import GIB, MemoryConfig, max_sequence_slots, step_buffer_bytes, working_set_tokens
 
 # vLLM pads vocabularies to a multiple of this, and keeps one block of the pool for itself.
 _VOCABULARY_MULTIPLE = 64
@@ -29,7 +29,8 @@ _NULL_BLOCKS = 1
 _HEAD_MULTIPLE = 8
 # Tokens that prefills copy out of the bank at once, at least.
 _STAGED_TOKENS = 8192
-# CUDA context, communication buffers and what the allocator cannot use, in the estimated reserve.
+# CUDA context, communication buffers, a kernel's partial results (1 MiB or so) and what the
+# allocator cannot use, in the estimated reserve.
 _FIXED_RESERVE = GIB // 2
 _DEFAULT_LOGIT_ROWS = 256
 _MOST_SEQUENCES = 1 << 20
@@ -145,7 +146,10 @@ def variants(config: LlamaConfig, memory: MemoryConfig, setup: Setup) -> list[Va
     index = {"search index": -(-setup.context // memory.chunk_size) * setup.embedding_dimension * 4}
     retrieved = working_set_tokens(memory) * token_bytes(config, setup)
     staged = max(memory.top_k * memory.chunk_size, _STAGED_TOKENS)
-    staging = {"staging": staged * token_bytes(config, setup)}
+    staging = {
+        "staging": staged * token_bytes(config, setup),
+        "step buffers": step_buffer_bytes(setup.max_num_batched_tokens, memory.top_k),
+    }
     full, window = full_spec(config, setup, setup.kv_cache_dtype), window_spec(config, memory, setup)
     return [
         Variant("full attention", full, layers, plain | common),

@@ -204,12 +204,18 @@ def working_set_tokens(memory: MemoryConfig) -> int:
     return copies * memory.top_k * memory.chunk_size
 
 
+def step_buffer_bytes(max_tokens: int, top_k: int) -> int:
+    """Bytes of the index tensors of a step that computes at most ``max_tokens``: 8 a token for its
+    place, row and position, 8 a slot and 20 a span, of which there are no more than tokens."""
+    return max_tokens * (3 * 8 + 8 * top_k + 20)
+
+
 def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
-    """Bytes of each rank's keys and values, without allocating any.
+    """Bytes of each rank's keys and values, and of what indexes them, without allocating any.
 
     Returns:
         ``bank``, in the place ``bank_device`` says; ``working_set``, the retrieved chunks of
-        ``max_num_seqs`` decoding sequences, and ``staging``, both on the device.
+        ``max_num_seqs`` decoding sequences, ``staging`` and ``step_buffers``, on the device.
     """
     memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
     memory = request_limits(memory, deployment)
@@ -218,7 +224,9 @@ def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
         "working_set": vllm_config.scheduler_config.max_num_seqs * working_set_tokens(memory),
         "staging": num_staging_tokens(memory, deployment),
     }
-    return {name: count * _token_bytes(vllm_config) for name, count in tokens.items()}
+    step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    kept = {name: count * _token_bytes(vllm_config) for name, count in tokens.items()}
+    return kept | {"step_buffers": step_buffer_bytes(step_tokens, memory.top_k)}
 
 
 def _token_bytes(vllm_config: VllmConfig) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,9 @@ from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.host_memory import allocate_host
 from memlong_vllm.worker.step_memory import StepMemory
 from memlong_vllm.worker.transfer import RankHeads
+
+if TYPE_CHECKING:
+    from memlong_vllm.kernels.launcher import RetrievalKernel
 
 logger = init_logger(__name__)
 
@@ -187,8 +192,28 @@ def make_step_memory(vllm_config: VllmConfig, layers: Sequence[RetrievalAttentio
     adaptation = None
     if memory.memory_adapter is not None:
         adaptation = Adaptation(layers, heads, staging_tokens, tensor_model_parallel_all_gather)
-    num_rows = vllm_config.scheduler_config.max_num_seqs
-    return StepMemory(bank, num_rows, limits.top_k, staging_tokens, heads, adaptation)
+    scheduler = vllm_config.scheduler_config
+    return StepMemory(
+        bank, scheduler.max_num_seqs, limits.top_k, scheduler.max_num_batched_tokens, staging_tokens, heads, adaptation
+    )
+
+
+def make_kernel(vllm_config: VllmConfig, layer: RetrievalAttention, device: torch.device) -> RetrievalKernel | None:
+    """What retrieval layers like ``layer`` attend with; None where that is PyTorch.
+
+    The kernel runs on GPUs, and for tests under Triton's interpreter (``TRITON_INTERPRET=1``).
+    """
+    rotary = layer.rotary_emb
+    is_plain = type(rotary).forward_native is RotaryEmbedding.forward_native and rotary.is_neox_style
+    if not is_plain or (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
+        return None
+    # Only here: elsewhere there may be no Triton.
+    from memlong_vllm.kernels.launcher import HeadShape, RetrievalKernel
+
+    heads = HeadShape(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.padded_dim, rotary.rotary_dim)
+    _, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+    top_k = request_limits(layer.config, deployment).top_k
+    return RetrievalKernel(heads, layer.config, top_k, vllm_config.model_config.dtype, device)
 
 
 def rank_heads(total_num_kv_heads: int, num_kv_heads: int) -> RankHeads:
@@ -209,11 +234,15 @@ class MemLongForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=MemLongDecoderLayer)
         retrieval_layers = [module for module in self.modules() if isinstance(module, RetrievalAttention)]
-        self.step_memory = make_step_memory(vllm_config, retrieval_layers, next(self.parameters()).device)
+        device = next(self.parameters()).device
+        self.step_memory = make_step_memory(vllm_config, retrieval_layers, device)
+        kernel = make_kernel(vllm_config, retrieval_layers[0], device)
         self._is_loaded = False
         for module in self.modules():
             if isinstance(module, RetrievalAttention | MemoryStore):
                 module.step_memory = self.step_memory
+            if isinstance(module, RetrievalAttention):
+                module.kernel = kernel
         sizes = {name: f"{size / 2**30:.2f} GiB" for name, size in self.step_memory.num_bytes().items()}
         logger.info("Memory: %d chunks a rank, %s", self.step_memory.bank.keys.shape[1], sizes)
 

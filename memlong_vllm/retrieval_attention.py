@@ -3,11 +3,15 @@
 Three operations are registered with PyTorch, so that compiled graphs call them as they are:
 ``memlong_store`` (memory layer), ``memlong_scale_query`` (fusion ``scaled_logits`` only) and
 ``memlong_retrieve``. Each finds its layer by name in vLLM's forward context.
+
+On GPUs attention is one Triton kernel (:mod:`memlong_vllm.kernels`), elsewhere PyTorch
+(:mod:`memlong_vllm.memory_attention`). A layer whose ``kernel`` is set to None uses PyTorch too,
+to compare the two.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +24,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.memory_attention import attend, attend_chunks, attend_with_lse, merge
 from memlong_vllm.worker.step_memory import StepMemory
-from memlong_vllm.worker.step_metadata import ReadGroup
+from memlong_vllm.worker.step_metadata import StepMetadata
+
+if TYPE_CHECKING:
+    from memlong_vllm.kernels.launcher import RetrievalKernel
 
 # So many tokens of a span are attended at once, which bounds the scores that exist at a time; how
 # many spans there are at once is bounded by what the group's chunks are read into.
@@ -45,6 +52,7 @@ class RetrievalAttention(nn.Module):
     Attributes:
         step_memory: the rank's; set when the model is complete.
         retrieval_idx: which of the retrieval layers this is, counted from 0.
+        kernel: the rank's, set with ``step_memory``; None: attend with PyTorch.
         local_impl: the implementation of local attention, whose ``lse`` the joint fusions read.
     """
 
@@ -65,6 +73,7 @@ class RetrievalAttention(nn.Module):
         self.head_dim, self.padded_dim = head_dim, padded_dim
         self.rotary_emb = rotary_emb
         self.step_memory: StepMemory | None = None
+        self.kernel: RetrievalKernel | None = None
         self.local_impl: Any = None
         self.memory_gate = self._head_parameter()
         if config.memory_bias:
@@ -94,8 +103,9 @@ class RetrievalAttention(nn.Module):
         """
         rows = query.view(query.shape[0], self.num_heads, self.padded_dim)
         weight = 1 - torch.sigmoid(self.memory_gate.float())
-        for group in self._groups():
-            token_idx = group.token_idx.flatten()
+        metadata = self._metadata()
+        if metadata is not None:
+            token_idx = metadata.token_idx
             rows[token_idx] = (rows[token_idx] * weight[:, None]).to(rows.dtype)
 
     def retrieve(self, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -105,18 +115,39 @@ class RetrievalAttention(nn.Module):
             query: [num_tokens, H·padded_dim], un-rotated.
             output: [num_tokens, H·padded_dim], the output of local attention.
         """
+        metadata = self._metadata()
+        if self.kernel is not None:
+            self._launch(self.kernel, query, output)
+            return
+        if metadata is None:
+            return
+        assert self.step_memory is not None
         rows = output.view(output.shape[0], self.num_heads, self.padded_dim)
-        for group in self._groups():
-            assert self.step_memory is not None
+        for group in metadata.groups:
             keys, values = self.step_memory.read(group.source, self.retrieval_idx)
             for first in range(0, group.token_idx.shape[1], _MAX_SPAN_TOKENS):
                 part = slice(first, first + _MAX_SPAN_TOKENS)
                 self._retrieve(query, rows, group.token_idx[:, part], group.positions[:, part], keys, values)
 
-    def _groups(self) -> tuple[ReadGroup, ...]:
+    def _metadata(self) -> StepMetadata | None:
         assert self.step_memory is not None, "the model was used before its bank was attached"
-        metadata = self.step_memory.metadata
-        return metadata.groups if metadata is not None else ()
+        return self.step_memory.metadata
+
+    def _launch(self, kernel: RetrievalKernel, query: torch.Tensor, output: torch.Tensor) -> None:
+        assert self.step_memory is not None
+        reads, is_dummy_run = self.step_memory.stored(self.retrieval_idx), self._metadata() is None
+        if is_dummy_run and kernel.is_warm:
+            return
+        if is_dummy_run:
+            # Have the kernel compiled now, not when the first request comes.
+            reads, kernel.is_warm = self.step_memory.nothing_stored((1, kernel.max_programs)), True
+        local_lse = None
+        if self.config.fusion != "gated":
+            no_lse = (1, self.num_heads)
+            local_lse = query.new_empty(no_lse, dtype=torch.float32) if is_dummy_run else self.local_impl.lse
+        bias, cos_sin = self.memory_bias if self.config.memory_bias else None, self.rotary_emb.cos_sin_cache
+        for spans, stored in reads:
+            kernel.attend(query, output, spans, stored, cos_sin, self.memory_gate, bias, local_lse)
 
     def _retrieve(
         self,

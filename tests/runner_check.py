@@ -70,6 +70,7 @@ def main() -> None:
     if arguments.v2:
         use_v2_runner()
     # Only now: the modules below import vLLM.
+    from tests.buffer_watch import BufferWatch
     from tests.checkpoints import novel
     from tests.engines import Engine, Reference
 
@@ -78,6 +79,9 @@ def main() -> None:
     tokenizer = engine.llm.get_tokenizer()
     tokens = tokenizer(novel()[3000:30000])["input_ids"]
     in_process = hasattr(engine.llm.llm_engine.engine_core, "engine_core")
+    if in_process:
+        runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        watch = BufferWatch(runner.get_model())
     for prompt in (tokens[:211], tokens[300:390], tokens[500:628]):
         engine.add(prompt, max_tokens=40)
 
@@ -95,8 +99,8 @@ def main() -> None:
     if in_process:
         assert preempted
         engine.assert_empty()
-        runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        rows.append({"runner": type(runner).__module__})
+        counts = {"steps": watch.num_steps, "launches": watch.num_launches}
+        rows.append({"runner": type(runner).__module__} | counts)
     engine.shutdown()
     print("\n" + json.dumps(rows))
 

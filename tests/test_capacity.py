@@ -119,6 +119,7 @@ def test_a_memlong_engine_holds_what_is_planned(
     assert planned.sequence["bank"] == slots * slot_bytes(config, memory, setup)
     held = model_of(engine).step_memory.working_set.num_bytes
     assert planned.sequence["working set"] * setup.max_num_seqs == held
+    assert planned.device["step buffers"] == model_of(engine).step_memory.buffers.num_bytes
     # A bank that is not limited also has room for what named memories may bring in.
     named = max_named_slots(memory, setup.context, setup.max_num_batched_tokens) * slot_bytes(config, memory, setup)
     bank_bytes = (planned.sequence["bank"] + named) * setup.max_num_seqs

@@ -389,9 +389,13 @@ def test_bytes_are_those_of_slots_rows_and_staging() -> None:
     config = engine(CHUNK_GIB * 100.5, max_num_seqs=3)
     # Three sequences, and for each a set of every layer.
     rows = 3 * 4 * 256
-    assert memory_bytes(config) == {"bank": 6400 * token, "working_set": rows * token, "staging": 8192 * token}
+    # A token's place, row and position, its span, and the slots of four chunks.
+    buffers = 640 * (3 * 8 + 5 * 4 + 4 * 8)
+    kept = {"bank": 6400 * token, "working_set": rows * token, "staging": 8192 * token}
+    assert memory_bytes(config) == kept | {"step_buffers": buffers}
     config.additional_config["memlong"] |= {"top_k": 200}
     assert memory_bytes(config)["staging"] == 12_800 * token
+    assert memory_bytes(config)["step_buffers"] == buffers + 640 * 196 * 8
     config.additional_config["memlong"] |= {"top_k": 4, "staging_tokens": 256}
     assert memory_bytes(config)["staging"] == 256 * token
     config.additional_config["memlong"] |= {"memory_adapter": None}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm
+from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 import engine_patches
 import memlong_vllm
+from engine_patches import vllm_0_32_config
 
 
 def config(model: Path, **options: Any) -> Any:
@@ -70,6 +74,42 @@ def test_a_window_beyond_the_training_length_warns(model: Path, caplog: pytest.L
     config(model, additional_config={"memlong": {"local_window": 1024}})
     logger.removeHandler(caplog.handler)
     assert "local_window = 1024 exceeds the 512 tokens the backbone was trained on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        (None, "PIECEWISE"),
+        ("FULL", "PIECEWISE"),
+        ("FULL_DECODE_ONLY", "PIECEWISE"),
+        ("FULL_AND_PIECEWISE", "PIECEWISE"),
+        ("PIECEWISE", "PIECEWISE"),
+        ("NONE", "NONE"),
+    ],
+)
+@pytest.mark.parametrize("listed", [None, [], ["vllm::unified_attention_with_output", "vllm::another"]])
+def test_on_cuda_graphs_leave_out_attention_and_memory(
+    asked: str | None, served: str, listed: list[str] | None
+) -> None:
+    """What vLLM splits at by default is split at too; full graphs would replay one step's reads."""
+    compilation = CompilationConfig(splitting_ops=listed)
+    compilation.cudagraph_mode = None if asked is None else CUDAGraphMode[asked]
+    vllm_0_32_config._split_graphs(SimpleNamespace(compilation_config=compilation))
+    assert compilation.cudagraph_mode == CUDAGraphMode[served]
+    assert compilation.splitting_ops is not None
+    expected = listed or [*CompilationConfig._attention_ops, "vllm::unified_kv_cache_update"]
+    assert {*expected, *vllm_0_32_config.OPERATIONS} <= set(compilation.splitting_ops)
+    before = list(compilation.splitting_ops)
+    compilation.mode = CompilationMode.VLLM_COMPILE
+    compilation.set_splitting_ops_for_v1(all2all_backend="none")
+    assert compilation.splitting_ops == before, "vLLM resolves its settings after the hook"
+    assert compilation.cudagraph_mode == CUDAGraphMode[served]
+
+
+def test_the_operations_to_split_at_are_those_that_exist() -> None:
+    importlib.import_module("memlong_vllm.retrieval_attention")
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vllm::memlong_")}
+    assert set(vllm_0_32_config.OPERATIONS) == registered
 
 
 def test_another_vllm_version_is_refused() -> None:

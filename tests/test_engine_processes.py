@@ -29,13 +29,18 @@ def check(model: Path, tmp_path: Path, *arguments: str, environment: dict[str, s
 
 @pytest.mark.parametrize("fusion", ["gated", pytest.param("joint", marks=pytest.mark.slow)])
 def test_v2_runner(checkpoints: Any, tmp_path: Path, fusion: str) -> None:
-    """The runner that is the default on GPUs, under Triton's interpreter; with a preemption."""
+    """The runner that is the default on GPUs, and the attention kernel that GPUs use, under
+    Triton's interpreter; with a preemption. Every step finds the same buffers, with its own plan."""
     rows = check(checkpoints.memlong(fusion=fusion), tmp_path, "--v2")
     assert rows[-1]["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert rows[-1]["steps"] > 40
+    assert rows[-1]["launches"] > 3 * 40
 
 
 def test_compiled(checkpoints: Any, tmp_path: Path) -> None:
-    check(checkpoints.memlong(), tmp_path, "--options", json.dumps({"enforce_eager": False}))
+    rows = check(checkpoints.memlong(), tmp_path, "--options", json.dumps({"enforce_eager": False}))
+    assert rows[-1]["steps"] > 40
+    assert rows[-1]["launches"] == 0
 
 
 def test_tensor_parallel(checkpoints: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def make_memory(heads: int = 2, rank: RankHeads | None = None, dtype: torch.dtyp
     bank = MemoryBank(SLOTS, CHUNK, heads, SIZE, dtype, torch.device("cpu"))
     bank.keys.copy_(torch.rand(bank.keys.shape))
     bank.values.copy_(torch.rand(bank.values.shape))
-    return StepMemory(bank, 2, 2, 2 * CHUNK, rank or RankHeads(0, 1, 0))
+    return StepMemory(bank, 2, 2, 64, 2 * CHUNK, rank or RankHeads(0, 1, 0))
 
 
 def save(memory: StepMemory, path: Path, *slots: int) -> None:

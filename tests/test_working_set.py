@@ -69,7 +69,7 @@ def make_memory(
     bank.values.copy_(numbers[bank.keys.numel() :].view_as(bank.keys))
     heads = RankHeads(0, 1, 0)
     adaptation = None if layers is None else Adaptation(layers, heads, staging_tokens, lambda mine: mine)
-    return StepMemory(bank, num_rows, top_k, staging_tokens, heads, adaptation)
+    return StepMemory(bank, num_rows, top_k, 256, staging_tokens, heads, adaptation)
 
 
 def in_bank(bank: MemoryBank, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

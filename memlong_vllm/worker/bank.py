@@ -21,6 +21,7 @@ class MemoryBank:
 
     Attributes:
         keys, values: [num_kv_heads, num_slots, chunk_size, head_dim], tensors of ``device``.
+        is_on_device: whether they are in its own memory.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class MemoryBank:
         allocate: Allocate | None = None,
     ) -> None:
         shape = (num_kv_heads, num_slots, chunk_size, head_dim)
+        self.is_on_device = allocate is None
         allocate = allocate or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
         self.chunk_size = chunk_size
         self.keys = allocate(shape, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from memlong_vllm.plan import StepPlan
 from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.staging import Staging
+from memlong_vllm.worker.step_buffers import Spans, StepBuffers, Stored
 from memlong_vllm.worker.step_metadata import RowSource, SlotSource, StepMetadata, build_step_metadata
 from memlong_vllm.worker.transfer import ChunkTransfer, RankHeads
 from memlong_vllm.worker.working_set import WorkingSet, decode_reads
@@ -26,6 +27,7 @@ class StepMemory:
     Args:
         num_rows: sequences that the working set has room for.
         top_k: chunks of the largest retrieved set.
+        max_tokens: that a step computes.
         staging_tokens: tokens gathered at once; at least those of the largest set.
         heads: this rank's place among the ranks, which decides its part of a shard.
         adaptation: what retrieval layers make of the stored keys and values; None: nothing.
@@ -36,6 +38,7 @@ class StepMemory:
         bank: MemoryBank,
         num_rows: int,
         top_k: int,
+        max_tokens: int,
         staging_tokens: int,
         heads: RankHeads,
         adaptation: Adaptation | None = None,
@@ -44,16 +47,18 @@ class StepMemory:
         self.staging = Staging(bank, staging_tokens)
         self.working_set = WorkingSet(bank, self.staging, num_rows, top_k, adaptation)
         self.adaptation = adaptation
+        self.buffers = StepBuffers(max_tokens, top_k, bank.device)
         self.metadata: StepMetadata | None = None
         self._transfer = ChunkTransfer(bank, self.staging, heads)
         self._plan: StepPlan | None = None
 
     def num_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's keys and values. See :func:`memlong_vllm.config.memory_bytes`."""
+        """Bytes this rank holds. See :func:`memlong_vllm.config.memory_bytes`."""
         return {
             "bank": self.bank.num_bytes,
             "working_set": self.working_set.num_bytes,
             "staging": self.staging.num_bytes,
+            "step_buffers": self.buffers.num_bytes,
         }
 
     def weights_changed(self) -> None:
@@ -78,7 +83,7 @@ class StepMemory:
             self.adaptation.prepare()
         rows = self.working_set.prepare_rows(decode_reads(self._plan))
         self.metadata = build_step_metadata(
-            self._plan, req_ids, query_start_loc, rows, self.bank.chunk_size, self.staging.num_chunks, self.bank.device
+            self._plan, req_ids, query_start_loc, rows, self.bank.chunk_size, self.staging.num_chunks, self.buffers
         )
 
     def read(self, source: SlotSource | RowSource, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +103,33 @@ class StepMemory:
             # Once a layer and step, so again if several steps share a retrieval that prefill reads.
             self.adaptation.adapt(keys, values, [AdaptedKV(layer, keys, values)])
         return keys, values
+
+    def stored(self, layer: int) -> Iterator[tuple[Spans, Stored]]:
+        """All that a layer reads in this step, where it lies; each to be used before the next.
+
+        A bank of the host is not read in place: a kernel may read a chunk several times, and
+        copies to staging come from there once.
+        """
+        if self.metadata is None:
+            return
+        self.working_set.wait()
+        if self.metadata.in_rows is not None:
+            yield self.metadata.in_rows, self.working_set.stored(layer)
+        if self.metadata.in_bank is not None and self.bank.is_on_device and self.adaptation is None:
+            yield self.metadata.in_bank, Stored(self.bank.keys, self.bank.values, self.buffers.slots)
+            return
+        for group in self.metadata.groups:
+            if isinstance(group.source, SlotSource):
+                yield group.spans, Stored(*self.read(group.source, layer), None)
+
+    def nothing_stored(self, nums_spans: Sequence[int]) -> Iterator[tuple[Spans, Stored]]:
+        """Reads by which nothing is read: so many spans of one token and of several, without any."""
+        buffers = self.buffers
+        for stored in (self.working_set.stored(0), Stored(self.bank.keys, self.bank.values, buffers.slots)):
+            for num_spans in nums_spans:
+                table = torch.zeros(num_spans, buffers.spans.shape[1], dtype=torch.int32, device=self.bank.device)
+                for max_tokens in (1, 2):
+                    yield Spans(table, buffers.token_idx, buffers.positions, max_tokens), stored
 
     def end_step(self) -> None:
         """Save what the staged plan saves, if a plan is staged; the step is over."""

@@ -14,6 +14,7 @@ from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.index_tensors import index_tensor
 from memlong_vllm.worker.staging import Staging
+from memlong_vllm.worker.step_buffers import Stored
 
 # A row that no step has read for so long is as good as free. (Requests also miss steps while
 # they wait for a retrieval, which replaces the row's contents anyway.)
@@ -195,9 +196,14 @@ class WorkingSet:
         Returns:
             [num_rows, num_kv_heads, num_chunks * chunk_size, head_dim].
         """
+        part = slice(rows.start, rows.stop), slice(None), slice(num_chunks * self._bank.chunk_size)
+        stored = self.stored(layer)
+        return stored.keys[part], stored.values[part]
+
+    def stored(self, layer: int) -> Stored:
+        """All rows of a retrieval layer."""
         layer = 0 if self._adaptation is None else layer
-        part = layer, slice(rows.start, rows.stop), slice(None), slice(num_chunks * self._bank.chunk_size)
-        return self.keys[part], self.values[part]
+        return Stored(self.keys[layer], self.values[layer], None)
 
 
 def runs(rows: Sequence[int], longest: int | None = None) -> list[range]:

@@ -1,0 +1,186 @@
+"""How the Triton kernel of retrieval attention is launched: block sizes, splits and buffers.
+
+It has run under Triton's interpreter and been compiled for GPUs, but not run on one yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from memlong_vllm.config import MemoryConfig
+from memlong_vllm.kernels.attention import retrieval_attention
+from memlong_vllm.worker.step_buffers import Spans, Stored
+
+_FUSIONS = ("gated", "joint", "scaled_logits")
+# A block of keys, and one of values, in bytes: two of each in flight fit a consumer card's shared memory.
+_BLOCK_BYTES = 16384
+# Programs a multiprocessor should have to be busy, and the least blocks that are worth a program.
+_PROGRAMS_EACH = 4
+_MIN_SPLIT_BLOCKS = 2
+# Multiprocessors to imagine where there is no GPU: the interpreter, which then splits as well.
+_INTERPRETED_MULTIPROCESSORS = 2
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """This rank's heads: of ``padded_dim`` in rows of queries and outputs, ``head_dim`` in chunks.
+
+    ``rotary_dim``: dimensions that RoPE rotates, the first ones, as pairs (i, i + rotary_dim / 2).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    padded_dim: int
+    rotary_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How much a program does at once: tokens of a span (all heads of a group), tokens of a chunk."""
+
+    block_tokens: int
+    block_memory: int
+    num_warps: int
+    num_stages: int
+
+
+class RetrievalKernel:
+    """Retrieval attention of all retrieval layers of a rank, one after the other.
+
+    Args:
+        top_k: chunks of the largest retrieved set.
+        dtype: of queries, outputs and chunks: float32, bfloat16 or float16.
+
+    Attributes:
+        decode, prefill: shapes for spans of one token and for longer ones.
+        max_programs: that a set is split for.
+        is_warm: whether :meth:`RetrievalAttention.retrieve` has had it compiled.
+    """
+
+    def __init__(
+        self, heads: HeadShape, memory: MemoryConfig, top_k: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.heads = heads
+        self._chunk_size = memory.chunk_size
+        self._fusion = _FUSIONS.index(memory.fusion)
+        self._is_per_chunk = memory.fusion == "gated" and memory.memory_softmax == "chunk"
+        self._block_group = triton.next_power_of_2(heads.group)
+        self._block_dim = max(16, triton.next_power_of_2(heads.head_dim))
+        block_memory = max(16, _BLOCK_BYTES // (self._block_dim * dtype.itemsize))
+        block_memory = min(block_memory, 128, max(16, triton.next_power_of_2(memory.chunk_size)))
+        prefill_rows = 128 if dtype.itemsize == 2 else 32
+        self.decode = LaunchShape(max(1, 16 // self._block_group), block_memory, num_warps=4, num_stages=3)
+        self.prefill = LaunchShape(
+            max(1, prefill_rows // self._block_group), block_memory, num_warps=prefill_rows // 16, num_stages=2
+        )
+        # The interpreter multiplies bfloat16 as if it were integers.
+        self._float32_dot = device.type != "cuda"
+        self._top_k = top_k
+        self.is_warm = False
+        multiprocessors = _INTERPRETED_MULTIPROCESSORS
+        if device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.limit_programs(_PROGRAMS_EACH * multiprocessors, device)
+
+    def limit_programs(self, max_programs: int, device: torch.device) -> None:
+        """Split until there are so many, and have room for what splits leave to the last of them.
+
+        A rank's layers use it one by one.
+        """
+        self.max_programs = max_programs
+        rows = max_programs * self.heads.group
+        self._partial = torch.empty(rows, self._block_dim, dtype=torch.float32, device=device)
+        self._stats = torch.empty(rows, 2, dtype=torch.float32, device=device)
+        # How many splits of an item are done; the last sets it back to 0.
+        self._arrivals = torch.zeros(max_programs, dtype=torch.int32, device=device)
+
+    def num_splits(self, num_spans: int) -> int:
+        """Programs that share the chunks of a decoding token and key-value head."""
+        blocks = -(-self._chunk_size // self.decode.block_memory)
+        least = -(-_MIN_SPLIT_BLOCKS // blocks) * blocks if self._is_per_chunk else _MIN_SPLIT_BLOCKS
+        most = self.max_programs // (num_spans * self.heads.num_kv_heads)
+        return max(1, min(self._top_k * blocks // least, most))
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        spans: Spans,
+        stored: Stored,
+        cos_sin: torch.Tensor,
+        gate: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        local_lse: torch.Tensor | None = None,
+    ) -> None:
+        """Fuse what spans retrieved into the output of local attention, in place.
+
+        Everything that changes between steps is read from device tensors, also how many tokens
+        and chunks each span has; the sizes here are only upper bounds of them.
+
+        Args:
+            query: [num_tokens, H·padded_dim], un-rotated.
+            output: [num_tokens, H·padded_dim], the output of local attention.
+            stored: the spans' chunks, un-rotated (position 0).
+            cos_sin: [positions, rotary_dim], cosines and then sines of each position.
+            gate, bias: [H]; ``memory_gate`` and ``memory_bias``.
+            local_lse: [num_tokens, H] float32, of the scores of local attention; not for ``gated``.
+        """
+        heads, is_decode = self.heads, spans.max_tokens == 1
+        shape = self.decode if is_decode else self.prefill
+        tiles = -(-spans.max_tokens // shape.block_tokens)
+        num_spans = spans.table.shape[0]
+        splits = self.num_splits(num_spans) if is_decode else 1
+        row_stride, head_stride = stored.strides(self._chunk_size)
+        lse_strides = (0, 0) if local_lse is None else local_lse.stride()
+        retrieval_attention[num_spans * tiles, heads.num_kv_heads, splits](
+            query,
+            output,
+            gate if local_lse is None else local_lse,
+            gate,
+            gate if bias is None else bias,
+            cos_sin,
+            stored.keys,
+            stored.values,
+            spans.token_idx if stored.slots is None else stored.slots,
+            spans.table,
+            spans.token_idx,
+            spans.positions,
+            self._partial,
+            self._stats,
+            self._arrivals,
+            heads.head_dim**-0.5,
+            splits,
+            tiles,
+            query.stride(0),
+            output.stride(0),
+            *lse_strides,
+            row_stride,
+            head_stride,
+            FUSION=self._fusion,
+            PER_CHUNK=self._is_per_chunk,
+            HAS_BIAS=self._fusion > 0 and bias is not None,
+            FROM_SLOTS=stored.slots is not None,
+            IS_SPLIT=splits > 1,
+            FLOAT32_DOT=self._float32_dot,
+            GROUP=heads.group,
+            HEAD_DIM=heads.head_dim,
+            PADDED_DIM=heads.padded_dim,
+            ROTARY_DIM=heads.rotary_dim,
+            CHUNK=self._chunk_size,
+            BLOCK_TOKENS=shape.block_tokens,
+            BLOCK_GROUP=self._block_group,
+            BLOCK_MEMORY=shape.block_memory,
+            BLOCK_DIM=self._block_dim,
+            num_warps=shape.num_warps,
+            # Where a chunk is has to be loaded a stage before the chunk.
+            num_stages=shape.num_stages + (stored.slots is not None),
+        )
