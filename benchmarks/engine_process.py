@@ -72,6 +72,11 @@ class EngineProcess:
             raise EngineError("the engine's process ended; its messages are above") from error
         return self._receive()
 
+    def peak_rss_bytes(self) -> int:
+        """The most of the machine's memory that the process had at once, so far."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
     def stop(self) -> None:
         if self._process.is_alive():
             self._connection.send(None)

@@ -1,0 +1,94 @@
+"""Plots of results files: a picture a file, a panel a measure, a line an engine and batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from summaries import MEASURES, Measure, loses_to, of, sizes, skip_reason
+
+from memlong_vllm.evaluation.reports import COLOURS
+
+ENGINE_COLOURS = {name: COLOURS[name] for name in ("memlong", "full", "window")}
+ENGINE_COLOURS |= {"fp8": "#d98c00", "int8": "#8e44ad", "authors": "#c0392b"}
+LINE_STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
+# By benchmark, the fields that are drawn.
+FIGURES = {
+    "throughput": ("prefill_tokens_per_s", "tokens_per_s", "decode_tokens_per_s", "later_questions_per_s"),
+    "latency": ("ttft_p50_s", "itl_p50_ms", "itl_p99_ms"),
+    "memory": ("peak_bytes_total",),
+}
+MIB = 1 << 20
+
+
+def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path | None:
+    """Draw what there are rows of; returns ``path``, or None if there is nothing or no matplotlib."""
+    measures = [measure for measure in MEASURES[content["command"]] if measure.field in fields]
+    measures = [
+        m for m in measures if any(of(content["rows"], m, "memlong", s) for s in sizes(content["rows"], m.workload))
+    ]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plots: matplotlib is not installed (pip install 'memlong-vllm[eval]')")
+        return None
+    if not measures:
+        return None
+    columns = min(2, len(measures))
+    rows = -(-len(measures) // columns)
+    figure = Figure(figsize=(6.5 * columns, 4.2 * rows), layout="constrained")
+    for place, measure in enumerate(measures):
+        _panel(content, measure, figure.add_subplot(rows, columns, place + 1))
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
+    rows, engines = content["rows"], list(content["models"])
+    found = sizes(rows, measure.workload)
+    batches = sorted({batch for _, batch in found})
+    scale = MIB if "bytes" in measure.field else 1
+    for engine in engines:
+        for batch, style in zip(batches, LINE_STYLES * len(batches), strict=False):
+            points = [(size[0], of(rows, measure, engine, size)) for size in found if size[1] == batch]
+            points = [(length, value) for length, value in points if value is not None]
+            if not points:
+                continue
+            lengths, medians = [length for length, _ in points], [value.median / scale for _, value in points]
+            errors = [
+                [(value.median - value.low) / scale for _, value in points],
+                [(value.high - value.median) / scale for _, value in points],
+            ]
+            look = {"color": ENGINE_COLOURS[engine], "linestyle": style, "marker": "o", "markersize": 4, "capsize": 2}
+            axes.errorbar(lengths, medians, yerr=errors, label=f"{engine}, batch {batch}", **look)
+    _mark_losses(rows, measure, engines, axes, scale)
+    lengths = sorted({length for length, _ in found})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of context")
+    axes.set_title(measure.title.replace("bytes", "MiB"), fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", frameon=False, handlelength=3)
+
+
+def _mark_losses(rows: Any, measure: Measure, engines: list[str], axes: Any, scale: float) -> None:
+    """Rings around MemLong's points where an alternative is better, and crosses at the lower edge
+    where an engine could not be measured."""
+    rings, crosses = [], []
+    for size in sizes(rows, measure.workload):
+        mine = of(rows, measure, "memlong", size)
+        if mine is not None and loses_to(rows, measure, size, engines):
+            rings.append((size[0], mine.median / scale))
+        for engine in engines:
+            if of(rows, measure, engine, size) is None and skip_reason(rows, measure.workload, engine, size):
+                crosses.append((size[0], engine))
+    if rings:
+        look = {"facecolors": "none", "edgecolors": "#e00000", "linewidths": 1.5, "zorder": 5}
+        axes.scatter(*zip(*rings, strict=True), s=110, label="MemLong loses", **look)
+    order = list(ENGINE_COLOURS)
+    for length, engine in set(crosses):
+        place = 0.03 + 0.03 * order.index(engine)
+        transform = axes.get_xaxis_transform()
+        axes.scatter([length], [place], marker="x", s=22, color=ENGINE_COLOURS[engine], transform=transform)
