@@ -53,11 +53,17 @@ def cells_of(arguments: argparse.Namespace, workloads: Sequence[str], answers: d
 
 
 def run(
-    benchmark: str, arguments: argparse.Namespace, cells: Sequence[Cell], measure: Measure, **settings: Any
+    benchmark: str,
+    arguments: argparse.Namespace,
+    cells: Sequence[Cell],
+    measure: Measure,
+    kind: type[Contenders] = Contenders,
+    **settings: Any,
 ) -> MeasurementFile:
     """Make all measurements that are missing in ``--output``.
 
     Args:
+        kind: how the contenders are started.
         settings: of this benchmark; a file of other settings is refused.
     """
     checkpoint = arguments.model or demo_checkpoint()
@@ -72,7 +78,7 @@ def run(
     common = {"dtype": options.dtype, "enforce_eager": options.enforce_eager, "kv_gib": arguments.kv_gib}
     common |= {"step_tokens": arguments.step_tokens, "memlong": arguments.memlong}
     with tempfile.TemporaryDirectory() as folder:
-        contenders = Contenders(checkpoint, Path(folder), arguments.engines, cells, options)
+        contenders = kind(checkpoint, Path(folder), arguments.engines, cells, options)
         described = contenders.describe()
         file = MeasurementFile(arguments.output, benchmark, common | settings, described, arguments.overwrite)
         InterleavedRun(file, contenders, measure, turns).run(cells)

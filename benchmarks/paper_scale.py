@@ -62,13 +62,14 @@ def account(file: MeasurementFile, arguments: argparse.Namespace) -> None:
 def run(file: MeasurementFile, arguments: argparse.Namespace, donor: Path) -> None:
     """Serve a prompt with the paper's shape, or with that of ``--shape``, and random weights."""
     row = {"engine": MEMLONG, "workload": RUN, "length": arguments.length, "batch": arguments.batch}
-    row |= {"model": arguments.shape, "repetition": 0}
+    name = Path(arguments.shape).name
+    row |= {"model": name, "repetition": 0}
     if file.has(row):
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         print(f"writing random weights to {scratch}", flush=True)
         config = shaped_config(arguments, donor)
-        folder = random_checkpoint(config, donor, Path(scratch) / arguments.shape)
+        folder = random_checkpoint(config, donor, Path(scratch) / name)
         settings = engine_settings(config, arguments)
         try:
             engine = EngineProcess(vllm_engine.load, folder, settings)
@@ -128,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--host-gib", type=float, default=64, help="for banks and search indexes")
     parser.add_argument("--memory-sizes", type=int, nargs="+", default=[32_768, 81_920], help="tokens remembered")
     parser.add_argument("--run", action="store_true", help="also serve the shape here")
-    parser.add_argument("--shape", choices=SHAPES, default=PAPER)
+    parser.add_argument("--shape", default=PAPER, help=f"{' or '.join(SHAPES)}, or a folder with a config.json")
     parser.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="as in convert")
     parser.add_argument("--length", type=int, default=3072, help="tokens of the prompts that are run")
     parser.add_argument("--batch", type=int, default=1)

@@ -17,10 +17,25 @@ COUNTERS += ("embedding_requests", "embedding_cache_hits", "embedded_texts", "em
 
 
 def load(model: Path, settings: dict[str, Any]) -> VllmEngine:
-    """Args: settings: of ``vllm.LLM``."""
+    """Args: settings: of ``vllm.LLM``.
+
+    Raises:
+        ValueError: if vLLM starts with a type of KV cache that its attention does not list.
+    """
     from vllm import LLM
 
-    return VllmEngine(LLM(model=str(model), disable_log_stats=True, **settings))
+    llm = LLM(model=str(model), disable_log_stats=True, **settings)
+    if "kv_cache_dtype" in settings:
+        _check_kv_cache(llm.llm_engine.vllm_config, settings["kv_cache_dtype"])
+    return VllmEngine(llm)
+
+
+def _check_kv_cache(config: Any, wanted: str) -> None:
+    for layer in config.compilation_config.static_forward_context.values():
+        backend = layer.attn_backend
+        if wanted not in backend.supported_kv_cache_dtypes:
+            known = ", ".join(backend.supported_kv_cache_dtypes)
+            raise ValueError(f"{backend.get_name()} lists KV caches of {known}, not of {wanted}")
 
 
 class VllmEngine:
