@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+
+Size = tuple[int, int]
+"""(length, batch)"""
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,7 @@ class Cell:
 QUESTION_TOKENS = 48
 
 
-def parse_sizes(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> Size:
     """``LENGTHxBATCH`` as the command line has it, ``32768x4``."""
     length, _, batch = text.partition("x")
     return int(length), int(batch)
-
-
-def grid(
-    workloads: Sequence[str], lengths: Sequence[int], batches: Sequence[int], answers: dict[str, int]
-) -> list[Cell]:
-    """Every combination, the small ones first, so that a run that is stopped has most of them."""
-    cells = [
-        Cell(workload, length, batch, answers[workload])
-        for workload, length, batch in product(workloads, lengths, batches)
-    ]
-    return sorted(cells, key=lambda cell: (cell.length * cell.batch, workloads.index(cell.workload), cell.length))

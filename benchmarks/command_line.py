@@ -6,10 +6,11 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, grid, parse_sizes
+from cells import Cell, Size, parse_size
 from contenders import AUTHORS, DTYPE_BYTES, FP8, FULL, INT8, MEMLONG, TITLES, WINDOW, Contenders, Options
 from interleaved import InterleavedRun, Measure, Turns
 from measurement_file import MeasurementFile
@@ -26,7 +27,7 @@ def parser(description: str | None, engines: Sequence[str] = ALL) -> argparse.Ar
     made.add_argument("--engines", nargs="+", choices=TITLES, default=list(engines))
     made.add_argument("--lengths", type=int, nargs="+", help="tokens of each prompt")
     made.add_argument("--batches", type=int, nargs="+", help="requests at once; with every length")
-    made.add_argument("--cells", type=parse_sizes, nargs="+", metavar="LxB", help="instead: single combinations")
+    made.add_argument("--cells", type=parse_size, nargs="+", metavar="LxB", help="single combinations instead")
     made.add_argument("--repetitions", type=int, default=3)
     made.add_argument("--fewer", type=_count, nargs="*", default=[], metavar="ENGINE=N", help="repetitions of some")
     made.add_argument("--limit-s", type=float, default=900, help="leave out measurements that would take longer")
@@ -46,10 +47,20 @@ def _count(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def cells_of(arguments: argparse.Namespace, workloads: Sequence[str], answers: dict[str, int]) -> list[Cell]:
-    if arguments.cells:
-        return [Cell(workload, *size, answers[workload]) for size in arguments.cells for workload in workloads]
-    return grid(workloads, arguments.lengths, arguments.batches, answers)
+def cells_of(arguments: argparse.Namespace, answers: dict[str, int], default: dict[str, Sequence[Size]]) -> list[Cell]:
+    """The cells that the command line asks for, small ones first.
+
+    Args:
+        answers: by workload, the tokens of each answer; cells are made of these workloads.
+        default: by workload, the sizes if none are asked for.
+    """
+    asked = arguments.cells
+    if arguments.lengths and arguments.batches:
+        asked = list(product(arguments.lengths, arguments.batches))
+    elif arguments.lengths or arguments.batches:
+        raise SystemExit("--lengths and --batches go together; or use --cells")
+    cells = [Cell(name, *size, answers[name]) for name in answers for size in asked or default[name]]
+    return sorted(cells, key=lambda cell: cell.length * cell.batch)
 
 
 def run(

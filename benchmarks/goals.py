@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from summaries import MEASURES, Measure, Row, Spread, by_repetition, measured, of, ratio, sizes
+from summaries import MEASURES, Measure, Row, Spread, measured, of, ratio, sizes
 
 MEMLONG, WINDOW, FULL = "memlong", "window", "full"
 FIELDS = {(measure.workload, measure.field): measure for measures in MEASURES.values() for measure in measures}
@@ -41,22 +41,36 @@ class Goal:
         return self.value >= self.bound if self.is_least else self.value <= self.bound
 
 
-def goals(rows: Mapping[str, Sequence[Row]]) -> list[Goal]:
-    """Args: rows: by benchmark."""
-    throughput, retrieval = rows.get("throughput", []), rows.get("retrieval", [])
+def goals(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Goal]:
+    """Every goal; of several runs the worst counts. Nothing is compared across runs.
+
+    Args:
+        runs: (benchmark, rows) of each results file.
+    """
+    by_name: dict[str, list[Goal]] = {}
+    for benchmark, rows in [*runs, ("", [])]:
+        is_throughput, is_retrieval = benchmark == "throughput", benchmark == "retrieval"
+        for goal in _goals_of_run(rows if is_throughput else [], rows if is_retrieval else []):
+            by_name.setdefault(goal.name, []).append(goal)
+    return [_worst(found) for found in by_name.values()]
+
+
+def _worst(found: Sequence[Goal]) -> Goal:
+    known = [goal for goal in found if goal.value is not None]
+    if not known:
+        return found[0]
+    worst = (min if known[0].is_least else max)(known, key=lambda goal: goal.value)
+    return replace(worst, detail="; ".join(goal.detail for goal in known))
+
+
+def _goals_of_run(throughput: Sequence[Row], retrieval: Sequence[Row]) -> list[Goal]:
+    prefill, known = (FIELDS["prefill", f"{name}prefill_tokens_per_s"] for name in ("", "known_"))
     return [
         _least_ratio(f"decode, batch {DECODE_BATCH}, of the window alone", 0.95, throughput, _decode(), DECODE_BATCH),
-        _least_ratio(
-            "prefill with embedding, of the window alone", 0.80, throughput, FIELDS["prefill", "prefill_tokens_per_s"]
-        ),
-        _least_ratio(
-            "prefill, embeddings known, of the window alone",
-            0.97,
-            throughput,
-            FIELDS["prefill", "known_prefill_tokens_per_s"],
-        ),
+        _least_ratio("prefill with embedding, of the window alone", 0.80, throughput, prefill),
+        _least_ratio("prefill, embeddings known, of the window alone", 0.97, throughput, known),
         _end_to_end(throughput),
-        _flatness("prefill", throughput, FIELDS["prefill", "prefill_tokens_per_s"]),
+        _flatness("prefill", throughput, prefill),
         _flatness("decode", throughput, _decode()),
         _retrieval_share(retrieval),
         _ledger(retrieval),
@@ -164,6 +178,3 @@ def _listed(found: Mapping[tuple[int, int], Spread]) -> str:
         f"{length:,} x {batch}: {value.median:.2f} ({value.low:.2f}-{value.high:.2f})"
         for (length, batch), value in found.items()
     )
-
-
-__all__ = ["Goal", "by_repetition", "goals", "retrieval_costs"]

@@ -17,7 +17,7 @@ from engine_process import EngineProcess
 from throughput import salts, starts
 from token_times import TokenTimes, percentile
 
-WORKLOADS = ("burst",)
+SIZES = [(2048, 1), (2048, 4), (8192, 4)]
 
 
 def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
@@ -38,9 +38,8 @@ def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> di
 def main() -> None:
     parser = command_line.parser(__doc__)
     parser.add_argument("--answer", type=int, default=64, help="tokens")
-    parser.set_defaults(lengths=[2048, 8192], batches=[1, 4])
     arguments = parser.parse_args()
-    cells = command_line.cells_of(arguments, WORKLOADS, {"burst": arguments.answer})
+    cells = command_line.cells_of(arguments, {"burst": arguments.answer}, {"burst": SIZES})
     command_line.run("latency", arguments, cells, measure, answer=arguments.answer)
 
 

@@ -18,7 +18,7 @@ from engine_process import EngineProcess
 from throughput import salts, starts
 from token_times import TokenTimes
 
-WORKLOADS = ("held",)
+SIZES = [(2048, 1), (8192, 1), (16384, 1), (8192, 4)]
 
 
 def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
@@ -36,9 +36,9 @@ def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> di
 def main() -> None:
     parser = command_line.parser(__doc__)
     parser.add_argument("--answer", type=int, default=16, help="tokens")
-    parser.set_defaults(lengths=[2048, 8192, 16384], batches=[1, 4], repetitions=1)
+    parser.set_defaults(repetitions=1)
     arguments = parser.parse_args()
-    cells = command_line.cells_of(arguments, WORKLOADS, {"held": arguments.answer})
+    cells = command_line.cells_of(arguments, {"held": arguments.answer}, {"held": SIZES})
     command_line.run("memory", arguments, cells, measure, answer=arguments.answer)
 
 

@@ -16,7 +16,7 @@ from contenders import AUTHORS, FP8, FULL, MEMLONG, WINDOW, Contenders
 from example_text import DOCUMENT
 from server_process import ServerProcess
 
-WORKLOADS = ("online",)
+SIZES = [(4096, 12)]
 ENGINES = (MEMLONG, WINDOW, FULL, FP8, AUTHORS)
 # Of the tokenizer's margin: prompts are cut by their tokens, and may be cut otherwise as text.
 SPARE_TOKENS = 64
@@ -52,9 +52,9 @@ def main() -> None:
     parser = command_line.parser(__doc__, ENGINES)
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     parser.add_argument("--rate", type=float, default=0.1, help="requests a second")
-    parser.set_defaults(lengths=[4096], batches=[12], repetitions=2)
+    parser.set_defaults(repetitions=2)
     arguments = parser.parse_args()
-    cells = command_line.cells_of(arguments, WORKLOADS, {"online": arguments.answer + SPARE_TOKENS})
+    cells = command_line.cells_of(arguments, {"online": arguments.answer + SPARE_TOKENS}, {"online": SIZES})
     prompts: list[Prompts] = []
 
     def measure(name: str, server: Any, cell: Cell, repetition: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One report of several results files: tables (Markdown), plots (PNG), goals met and missed.
 
-    python benchmarks/report.py benchmarks/results/*.json --output benchmarks/results/report.md
+    python benchmarks/report.py benchmarks/results/throughput.json benchmarks/results/retrieval.json
 
 Made from the JSON alone. Where something a user could serve instead is better than MemLong, the
 row says so; what an engine could not do is a footnote.
@@ -81,18 +81,16 @@ def cell(content: dict[str, Any], measure: Measure, engine: str, size: Size, sca
     fewest = min((value for value in fits if value is not None), default=size[1])
     if fewest < size[1]:
         text += " " + footnotes.mark(f"{engine}: its KV cache holds {fewest} of {size[1]} sequences; the others wait")
-    if found.number < content["settings"].get("repetitions", found.number):
+    most = max(row["repetition"] for row in rows if row["workload"] == measure.workload and "skipped" not in row) + 1
+    if found.number < most:
         text += f", n={found.number}"
     return text
 
 
 def goal_table(contents: Sequence[dict[str, Any]]) -> str:
-    rows: dict[str, list[Any]] = {}
-    for content in contents:
-        rows.setdefault(content["command"], []).extend(content["rows"])
     words = {True: "met", False: "**missed**", None: "not measured"}
     lines = []
-    for goal in goals(rows):
+    for goal in goals([(content["command"], content["rows"]) for content in contents]):
         bound = f"{'at least' if goal.is_least else 'at most'} {goal.bound:g} {goal.unit}"
         value = "" if goal.value is None else f"{goal.value:.3g} {goal.unit}"
         lines.append([goal.name, bound, value, words[goal.is_met], goal.detail])

@@ -26,6 +26,7 @@ from memlong_vllm.config import MemLongConfig, MemoryConfig
 from memlong_vllm.demo_model import demo_checkpoint
 
 WORKLOADS = ("spread", "aligned")
+SIZES = [(1536, 16), (1536, 64)]
 KINDS = ("plain", "retrieving", "holding", "idle")
 STRIDE = 997
 LEDGER_LENGTH = 8192
@@ -103,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ledger-sequences", type=int, default=64)
     parser.add_argument("--ledger-length", type=int, default=LEDGER_LENGTH, help="tokens of each")
     parser.add_argument("--ledger-steps", type=int, default=1000)
-    parser.set_defaults(lengths=[1536], batches=[16, 64], repetitions=2)
+    parser.set_defaults(repetitions=2)
     return parser.parse_args()
 
 
@@ -112,7 +113,9 @@ def main() -> None:
     checkpoint = arguments.model = arguments.model or demo_checkpoint()
     memory = MemLongConfig.from_pretrained(checkpoint).memory
     decoded = arguments.decoded or memory.retrieval_stride + memory.retrieval_stride // 4
-    cells = command_line.cells_of(arguments, arguments.workloads, dict.fromkeys(WORKLOADS, decoded))
+    cells = command_line.cells_of(
+        arguments, dict.fromkeys(arguments.workloads, decoded), dict.fromkeys(WORKLOADS, SIZES)
+    )
     if min(cell.length for cell in cells) < memory.local_window + 2 * memory.retrieval_stride:
         raise SystemExit("--lengths: too short, nothing leaves the local window")
     file = command_line.run("retrieval", arguments, cells, measurement(memory), decoded=decoded)

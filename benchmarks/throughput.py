@@ -1,7 +1,7 @@
 """Tokens per second of MemLong and of what a user would pick instead.
 
-    python benchmarks/throughput.py --output benchmarks/results/throughput.json
-    python benchmarks/report.py benchmarks/results/throughput.json
+    python benchmarks/throughput.py --workloads prefill --output benchmarks/results/prefill.json
+    python benchmarks/report.py benchmarks/results/prefill.json
 
 Workloads: ``prefill``, a long new prompt and a short answer, and for MemLong and the window the
 same prompt again when its embeddings are known but nothing else; ``decode``, answers of more than a
@@ -11,6 +11,7 @@ live in processes of their own and take turns in every repetition.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import command_line
@@ -20,6 +21,11 @@ from engine_process import EngineProcess
 from token_times import TokenTimes
 
 WORKLOADS = ("prefill", "decode", "document")
+SIZES = {
+    "prefill": [(2048, 1), (2048, 4), (8192, 1)],
+    "decode": [(2048, 1), (2048, 8), (8192, 8)],
+    "document": [(8192, 1), (8192, 8)],
+}
 DECODED = 160  # More than a segment, so that every sequence retrieves at least once.
 ANSWER = 32
 STRIDE = 997  # Between texts, so that no two chunks of them are alike.
@@ -34,11 +40,7 @@ def starts(cell: Cell, repetition: int) -> list[int]:
     return [(repetition * cell.batch + row) * STRIDE for row in range(cell.batch)]
 
 
-def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
-    return {"prefill": prefill, "decode": decode, "document": document}[cell.workload](name, engine, cell, repetition)
-
-
-def prefill(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
+def prefill(name: str, engine: EngineProcess, cell: Cell, repetition: int, with_known: bool = True) -> dict[str, Any]:
     prompts = [[(start, cell.length)] for start in starts(cell, repetition)]
     request = {"prompts": prompts, "salts": salts(cell, repetition)}
     result = TokenTimes(**engine.ask(max_tokens=cell.answer, **request))
@@ -49,7 +51,7 @@ def prefill(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> di
         "prompts_s": result.prompts_s,
         "total_s": result.total_s,
     }
-    if name in (MEMLONG, WINDOW):
+    if with_known and name in (MEMLONG, WINDOW):
         again = TokenTimes(**engine.ask(max_tokens=1, forget_prefixes=True, **request))
         measures |= {"known_prefill_tokens_per_s": num_prompt / again.prompts_s, "known_counters": again.counters}
     return measures | {"peak_bytes": result.peak_bytes, "counters": result.counters}
@@ -106,10 +108,17 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--answer", type=int, default=ANSWER, help="tokens, of prefill and document")
     parser.add_argument("--decoded", type=int, default=DECODED, help="tokens, of decode")
-    parser.set_defaults(lengths=[2048, 8192], batches=[1, 8])
+    parser.add_argument("--without-known", action="store_true", help="no second prefill with embeddings known")
     arguments = parser.parse_args()
     answers = {"prefill": arguments.answer, "decode": arguments.decoded, "document": arguments.answer}
-    cells = command_line.cells_of(arguments, arguments.workloads, answers)
+    measures = {"decode": decode, "document": document}
+    measures["prefill"] = partial(prefill, with_known=not arguments.without_known)
+
+    def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
+        return measures[cell.workload](name, engine, cell, repetition)
+
+    wanted = {workload: answers[workload] for workload in arguments.workloads}
+    cells = command_line.cells_of(arguments, wanted, SIZES)
     command_line.run("throughput", arguments, cells, measure, answers=answers)
 
 
