@@ -9,12 +9,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-# Imported once. No thread may be running, and nothing computed, when an engine's process is forked.
+# Imported once, by a process that must have no OpenMP threads when an engine's is forked off: their
+# pool would be the child's as well, and it would wait for them for ever.
 PRELOADED = ("vllm.entrypoints.llm", "memlong_vllm.model", "vllm_engine")
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
@@ -50,12 +53,14 @@ class EngineProcess:
     """
 
     def __init__(self, load: Loader, model: Path, settings: dict[str, Any]) -> None:
-        os.environ.update(ENVIRONMENT)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
+        num_threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
+        with _environment(ENVIRONMENT | {"OMP_NUM_THREADS": "1"}):
+            forkserver.ensure_running()
         self._connection, theirs = context.Pipe()
         # A daemon: it ends with the benchmark, however that ends.
-        self._process = context.Process(target=_serve, args=(theirs, load, model, settings), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, num_threads, load, model, settings), daemon=True)
         self._process.start()
         theirs.close()
         self.facts = self._receive()
@@ -78,7 +83,7 @@ class EngineProcess:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
     def stop(self) -> None:
-        if self._process.is_alive():
+        with suppress(OSError):  # It may have ended.
             self._connection.send(None)
             self._process.join(60)
         self._process.kill()
@@ -97,7 +102,23 @@ class EngineProcess:
         return reply
 
 
-def _serve(connection: Connection, load: Loader, model: Path, settings: dict[str, Any]) -> None:
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """For the processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _serve(connection: Connection, num_threads: int, load: Loader, model: Path, settings: dict[str, Any]) -> None:
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    torch.set_num_threads(num_threads)
     try:
         engine = load(model, settings)
         connection.send(engine.describe())

@@ -14,7 +14,13 @@ ENGINE_COLOURS |= {"fp8": "#d98c00", "int8": "#8e44ad", "authors": "#c0392b"}
 LINE_STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
 # By benchmark, the fields that are drawn.
 FIGURES = {
-    "throughput": ("prefill_tokens_per_s", "tokens_per_s", "decode_tokens_per_s", "later_questions_per_s"),
+    "throughput": (
+        "prefill_tokens_per_s",
+        "tokens_per_s",
+        "decode_tokens_per_s",
+        "later_questions_per_s",
+        "peak_bytes_total",
+    ),
     "latency": ("ttft_p50_s", "itl_p50_ms", "itl_p99_ms"),
     "memory": ("peak_bytes_total",),
 }

@@ -35,6 +35,7 @@ MEASURES = {
         Measure("prefill", "prefill_tokens_per_s", "Prefill of new text, embedding included: tokens/s"),
         Measure("prefill", "known_prefill_tokens_per_s", "Prefill with embeddings known: tokens/s"),
         Measure("prefill", "tokens_per_s", "Long prompts and short answers, end to end: tokens/s"),
+        Measure("prefill", "peak_bytes_total", "Held by requests at the peak: bytes", more_is_better=False),
         Measure("decode", "decode_tokens_per_s", "Decode: tokens/s of all sequences"),
         Measure("document", "first_question_s", "A document and its first question: s", more_is_better=False),
         Measure("document", "later_questions_per_s", "Later questions about the same document: questions/s"),

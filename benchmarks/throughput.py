@@ -54,7 +54,8 @@ def prefill(name: str, engine: EngineProcess, cell: Cell, repetition: int, with_
     if with_known and name in (MEMLONG, WINDOW):
         again = TokenTimes(**engine.ask(max_tokens=1, forget_prefixes=True, **request))
         measures |= {"known_prefill_tokens_per_s": num_prompt / again.prompts_s, "known_counters": again.counters}
-    return measures | {"peak_bytes": result.peak_bytes, "counters": result.counters}
+    measures |= {"peak_bytes": result.peak_bytes, "peak_bytes_total": sum(result.peak_bytes.values())}
+    return measures | {"counters": result.counters}
 
 
 def decode(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
