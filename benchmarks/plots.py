@@ -11,7 +11,8 @@ from memlong_vllm.evaluation.reports import COLOURS
 
 ENGINE_COLOURS = {name: COLOURS[name] for name in ("memlong", "full", "window")}
 ENGINE_COLOURS |= {"fp8": "#d98c00", "int8": "#8e44ad", "authors": "#c0392b"}
-LINE_STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
+# By batch, the smallest first.
+LOOKS = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (1, 3)), "v"))
 # By benchmark, the fields that are drawn.
 FIGURES = {
     "throughput": (
@@ -42,9 +43,21 @@ def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path |
         return None
     columns = min(2, len(measures))
     rows = -(-len(measures) // columns)
-    figure = Figure(figsize=(6.5 * columns, 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(6 * columns, 4 * rows + 0.8), layout="constrained")
+    entries: dict[str, Any] = {}
     for place, measure in enumerate(measures):
-        _panel(content, measure, figure.add_subplot(rows, columns, place + 1))
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _panel(content, measure, axes)
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=2 + 2 * columns,
+        fontsize="small",
+        frameon=False,
+    )
     figure.savefig(path, dpi=130)
     return path
 
@@ -55,7 +68,7 @@ def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
     batches = sorted({batch for _, batch in found})
     scale = MIB if "bytes" in measure.field else 1
     for engine in engines:
-        for batch, style in zip(batches, LINE_STYLES * len(batches), strict=False):
+        for batch, (style, marker) in zip(batches, LOOKS * len(batches), strict=False):
             points = [(size[0], of(rows, measure, engine, size)) for size in found if size[1] == batch]
             points = [(length, value) for length, value in points if value is not None]
             if not points:
@@ -65,7 +78,13 @@ def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
                 [(value.median - value.low) / scale for _, value in points],
                 [(value.high - value.median) / scale for _, value in points],
             ]
-            look = {"color": ENGINE_COLOURS[engine], "linestyle": style, "marker": "o", "markersize": 4, "capsize": 2}
+            look = {
+                "color": ENGINE_COLOURS[engine],
+                "linestyle": style,
+                "marker": marker,
+                "markersize": 5,
+                "capsize": 2,
+            }
             axes.errorbar(lengths, medians, yerr=errors, label=f"{engine}, batch {batch}", **look)
     _mark_losses(rows, measure, engines, axes, scale)
     lengths = sorted({length for length, _ in found})
@@ -76,7 +95,6 @@ def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
     axes.set_xlabel("tokens of context")
     axes.set_title(measure.title.replace("bytes", "MiB"), fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", frameon=False, handlelength=3)
 
 
 def _mark_losses(rows: Any, measure: Measure, engines: list[str], axes: Any, scale: float) -> None:
@@ -94,7 +112,7 @@ def _mark_losses(rows: Any, measure: Measure, engines: list[str], axes: Any, sca
         look = {"facecolors": "none", "edgecolors": "#e00000", "linewidths": 1.5, "zorder": 5}
         axes.scatter(*zip(*rings, strict=True), s=110, label="MemLong loses", **look)
     order = list(ENGINE_COLOURS)
-    for length, engine in set(crosses):
-        place = 0.03 + 0.03 * order.index(engine)
-        transform = axes.get_xaxis_transform()
-        axes.scatter([length], [place], marker="x", s=22, color=ENGINE_COLOURS[engine], transform=transform)
+    for length, engine in sorted(set(crosses)):
+        place, colour = 0.03 + 0.03 * order.index(engine), ENGINE_COLOURS[engine]
+        look = {"marker": "x", "s": 26, "color": colour, "transform": axes.get_xaxis_transform()}
+        axes.scatter([length], [place], label=f"{engine}: some batch not measured", **look)

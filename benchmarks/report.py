@@ -54,16 +54,17 @@ def table(content: dict[str, Any], measure: Measure, footnotes: Footnotes) -> st
     rows, engines = content["rows"], list(content["models"])
     scale = MIB if "bytes" in measure.field else 1.0
     compared = [name for name in COMPARED if name in engines]
-    lines = []
+    lines, has_measures = [], False
     for size in sizes(rows, measure.workload):
         cells = [cell(content, measure, engine, size, scale, footnotes) for engine in engines]
         if not any(cells):
             continue
+        has_measures |= any(of(rows, measure, engine, size) is not None for engine in engines)
         ratios = [ratio(rows, measure, "memlong", name, size) for name in compared]
         losing = loses_to(rows, measure, size, engines)
         mark = f"**loses to {', '.join(losing)}**" if losing else ""
         lines.append([f"{size[0]:,} x {size[1]}", *cells, *(shown(value) for value in ratios), mark])
-    if not lines:
+    if not has_measures:
         return ""
     title = measure.title.replace("bytes", "MiB") if scale != 1 else measure.title
     header = ["length x batch", *engines, *(f"MemLong / {name}" for name in compared), ""]
