@@ -124,7 +124,8 @@ def _flatness(name: str, rows: Sequence[Row], measure: Measure) -> Goal:
 def retrieval_costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Of MemLong's rows of each cell, all repetitions together, by medians, in ms: the scheduler's own
     time of plain and of retrieving steps, and whole steps; ``share_percent``, what retrieval adds in the scheduler,
-    of a retrieving step's time; ``whole_percent``, how much longer such a step is in all."""
+    of a retrieving step's time; ``whole_percent``, how much longer such a step is in all; ``held_percent``, of the sequences'
+    time, in which they wait for an embedding."""
     costs = []
     for workload in ("spread", "aligned"):
         for length, batch in sizes(rows, workload):
@@ -136,6 +137,8 @@ def retrieval_costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
             whole, whole_plain = (statistics.median(kind["whole_ms"]) for kind in (retrieving, plain))
             cost = {"workload": workload, "length": length, "batch": batch, "own_ms": own, "plain_own_ms": own_plain}
             cost |= {"whole_ms": whole, "plain_whole_ms": whole_plain, "steps": len(retrieving["own_ms"])}
+            held = [100 * row["counters"]["held_seconds"] / (row["total_s"] * batch) for row in mine]
+            cost |= {"held_percent": statistics.median(held)}
             cost |= {"share_percent": 100 * (own - own_plain) / whole, "whole_percent": 100 * (whole / whole_plain - 1)}
             costs.append(cost)
     return costs

@@ -108,12 +108,13 @@ def retrieval_table(content: dict[str, Any]) -> str:
             f"{cost['plain_whole_ms']:.4g}",
             f"{cost['whole_ms']:.4g}",
             f"{cost['share_percent']:.2f} %",
+            f"{cost['held_percent']:.2f} %",
             f"{cost['steps']}",
         ]
         for cost in retrieval_costs(content["rows"])
     ]
     header = ["", "scheduler's own ms, plain step", "retrieving step", "whole ms, plain step", "retrieving step"]
-    return markdown_table([*header, "retrieval's share", "retrieving steps"], lines) if lines else ""
+    return markdown_table([*header, "retrieval's share", "held", "retrieving steps"], lines) if lines else ""
 
 
 def section(content: dict[str, Any], path: Path) -> str:

@@ -226,6 +226,7 @@ def test_goals_about_retrieval() -> None:
     kinds = {"plain": {"own_ms": [0.5], "whole_ms": [100.0]}, "retrieving": {"own_ms": [1.5], "whole_ms": [104.0]}}
     cell = {"engine": "memlong", "repetition": 0, "batch": 64}
     rows = [{**cell, "workload": "spread", "length": 1536, "by_kind": kinds}]
+    rows[0] |= {"total_s": 10.0, "counters": {"held_seconds": 1.0}}
     rows += [{**cell, "workload": "ledger", "length": 8192, "plain_ms": [0.1] * 3, "retrieving_ms": [0.3]}]
     found = {goal.name: goal for goal in goals([("retrieval", rows)])}
     share = found["the retrieval step, of a step in which some sequence retrieves"]
