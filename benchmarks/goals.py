@@ -122,10 +122,13 @@ def _flatness(name: str, rows: Sequence[Row], measure: Measure) -> Goal:
 
 
 def retrieval_costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of MemLong's rows of each cell, all repetitions together, by medians, in ms: the scheduler's own
-    time of plain and of retrieving steps, and whole steps; ``share_percent``, what retrieval adds in the scheduler,
-    of a retrieving step's time; ``whole_percent``, how much longer such a step is in all; ``held_percent``, of the sequences'
-    time, in which they wait for an embedding."""
+    """What retrieval costs, of MemLong's rows of each cell: medians of all repetitions' steps, in ms.
+
+    ``own_ms`` is the scheduler's own time in a step in which some sequence retrieves, ``whole_ms`` the
+    whole step; ``plain_…`` likewise without a retrieval. ``share_percent``: what retrieval adds in the
+    scheduler, of a retrieving step's time; ``whole_percent``: how much longer such a step is in all;
+    ``held_percent``: of the sequences' time, in which they wait for an embedding.
+    """
     costs = []
     for workload in ("spread", "aligned"):
         for length, batch in sizes(rows, workload):
