@@ -42,7 +42,8 @@ class MemoryHandle:
         counters: complete chunks held and how often each was retrieved.
         chunks: contents of the same.
         writing: contents of chunks that are not complete yet.
-        retrieved: what every next token attends to, until the next retrieval.
+        retrieved: what every next token attends to, until the next retrieval; ``retrieved_slots``:
+            where that is.
         origin: local position offset of that set.
         retrieval_id: of the retrieval it came from.
         retiring: forgotten chunks that may still be read.
@@ -61,6 +62,7 @@ class MemoryHandle:
     chunks: dict[int, Chunk] = field(default_factory=dict)
     writing: dict[int, Chunk] = field(default_factory=dict)
     retrieved: tuple[Chunk, ...] = ()
+    retrieved_slots: tuple[int, ...] = ()
     origin: int = -1
     retrieval_id: int = -1
     retiring: list[Chunk] = field(default_factory=list)
@@ -130,7 +132,7 @@ class Ledger:
         if num_tokens <= 0:
             return 0
         first, last = handle.position // size, (handle.position + num_tokens - 1) // size
-        own = sum(chunk_id not in handle.writing for chunk_id in range(first, last + 1))
+        own = last - first + (first not in handle.writing)  # Only the first can have been begun.
         if handle.borrow is None:
             return own
         retrievals = num_tokens // handle.config.retrieval_stride + 2
@@ -222,17 +224,18 @@ class Ledger:
             events.append(self._retrieve(handle, retrieval, search))
             cursor = retrieval.position
         self._add_span(handle, reads, cursor, end)
-        events += self._store_up_to(handle, end)
         handle.position = end
         plan = SequencePlan(request_id, start, end, tuple(write_slots), tuple(reads))
         num_complete = end // chunk_size - start // chunk_size
+        if num_complete == 0:  # Most steps of a decoding sequence.
+            return Advance(plan, events, {})
+        events += self._store_up_to(handle, end)
         return Advance(plan, events, dict(zip(chunk_ids, write_slots[:num_complete], strict=False)))
 
     @staticmethod
     def _add_span(handle: MemoryHandle, reads: list[ReadSpan], start: int, end: int) -> None:
         if start < end and handle.retrieved:
-            slots = tuple(chunk.slot for chunk in handle.retrieved)
-            reads.append(ReadSpan(start, end, slots, handle.origin, handle.retrieval_id))
+            reads.append(ReadSpan(start, end, handle.retrieved_slots, handle.origin, handle.retrieval_id))
 
     def _retrieve(self, handle: MemoryHandle, retrieval: Retrieval, search: Search) -> Retrieved:
         eligible = [chunk_id for chunk_id in handle.chunks if chunk_id < retrieval.num_reachable]
@@ -243,6 +246,7 @@ class Ledger:
         handle.returning += handle.borrowed
         handle.borrowed = [handle.borrow(chunk) for chunk, _ in named] if handle.borrow is not None else []
         handle.retrieved = tuple(handle.borrowed) + tuple(handle.chunks[chunk_id] for chunk_id, _ in own)
+        handle.retrieved_slots = tuple(chunk.slot for chunk in handle.retrieved)
         handle.origin = retrieval.origin
         handle.retrieval_id = next(self._retrieval_ids)
         retrieved = Retrieved(
