@@ -4,8 +4,8 @@
     python benchmarks/paper_scale.py --run --output benchmarks/results/paper_scale.json    # and runs
 
 The counts are the capacity planner's (``memlong_vllm.capacity``), from vLLM's own cache
-specifications and the ledger's slot arithmetic; Llama-3-8B, with grouped queries and an fp8 KV cache,
-is what a user would serve instead. ``--run`` writes about 7 GB of random weights to a temporary
+specifications and the ledger's slot arithmetic; Llama-3-8B, with grouped queries, an fp8 KV
+cache and fp8 weights, is what a user would serve instead. ``--run`` writes about 7 GB of random weights to a temporary
 folder, of the same shapes as the real ones, and serves them in bfloat16.
 """
 
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm_engine
 from accounting_report import ACCOUNTING, RUN, accounting_tables
 from contenders import MEMLONG
@@ -32,6 +33,12 @@ from memlong_vllm.config import GIB, MemLongConfig, max_sequence_slots
 from memlong_vllm.demo_model import demo_checkpoint
 
 PAPER, ALTERNATIVE = "openllama-3b", "llama-3-8b"
+# (shape, type of the projections); the weights are in 16 bits otherwise.
+MODELS = {
+    PAPER: (PAPER, None),
+    ALTERNATIVE: (ALTERNATIVE, None),
+    f"{ALTERNATIVE}, fp8 weights": (ALTERNATIVE, torch.float8_e4m3fn),
+}
 PRESET = "paper"
 STEP_TOKENS = 512
 BLOCK_TOKENS = 128
@@ -39,15 +46,16 @@ BLOCK_TOKENS = 128
 
 def account(file: MeasurementFile, arguments: argparse.Namespace) -> None:
     """Rows of what fits, for each model; MemLong once for each memory size."""
-    setup = Setup(
-        context=arguments.context,
-        card_bytes=int(arguments.card_gib * GIB),
-        host_bytes=int(arguments.host_gib * GIB),
-        embedding_dimension=1024,
-    )
-    for model in (PAPER, ALTERNATIVE):
+    for model, (shape, projection_dtype) in MODELS.items():
+        setup = Setup(
+            context=arguments.context,
+            card_bytes=int(arguments.card_gib * GIB),
+            host_bytes=int(arguments.host_gib * GIB),
+            projection_dtype=projection_dtype,
+            embedding_dimension=1024,
+        )
         for place, memory_size in enumerate(arguments.memory_sizes):
-            config = load_config(model, PRESET, {"memory_size": memory_size}, arguments.context)
+            config = load_config(shape, PRESET, {"memory_size": memory_size}, arguments.context)
             for capacity in plan(config, config.memory, setup):
                 remembers = capacity.name.startswith("MemLong")
                 if place and not remembers:  # Does not depend on the memory.
@@ -150,7 +158,7 @@ def _setting(text: str) -> tuple[str, Any]:
 def main() -> None:
     arguments = parse_arguments()
     settings = {"context": arguments.context, "card_gib": arguments.card_gib, "host_gib": arguments.host_gib}
-    models = {name: {"title": name, "shape": SHAPES[name]} for name in (PAPER, ALTERNATIVE)}
+    models = {name: {"title": name, "shape": SHAPES[shape]} for name, (shape, _) in MODELS.items()}
     file = MeasurementFile(arguments.output, "paper_scale", settings, models, arguments.overwrite)
     account(file, arguments)
     if arguments.run:

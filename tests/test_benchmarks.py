@@ -254,7 +254,7 @@ def test_the_accounting_needs_no_weights(tmp_path: Path, monkeypatch: pytest.Mon
     paper_scale.main()
     rows = [row for row in read_results(output)["rows"] if row["workload"] == ACCOUNTING]
     sequences = {(row["model"], row["variant"], row["memory_size"]): row["sequences"] for row in rows}
-    assert len(sequences) == 2 * (3 + 2 * 2)
+    assert len(sequences) == 3 * (3 + 2 * 2)
     # As 'memlong-vllm plan' and the README have it.
     assert sequences["openllama-3b", "full attention", None] == 0
     assert sequences["openllama-3b", "MemLong, bank on device", 32768] == 12
