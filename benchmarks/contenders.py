@@ -33,7 +33,6 @@ KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Blocks of the KV cache have at most so many tokens; a window needs one more at either end.
 BLOCK_TOKENS = 128
-LEAST_KV_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Contenders:
         if name in (MEMLONG, WINDOW):
             held = self.memory.local_window + self.options.max_num_batched_tokens + 2 * BLOCK_TOKENS
             wanted = max(wanted, (max(cell.batch for cell in cells) + 1) * held * token_bytes)
-        return max(LEAST_KV_BYTES, wanted)
+        return wanted
 
     def _bank_gib(self) -> float:
         slot_bytes = self.memory.chunk_size * self._token_bytes(MEMLONG) // self.config.num_hidden_layers
@@ -156,4 +155,5 @@ class Contenders:
 
     @staticmethod
     def _padded(num_tokens: int) -> int:
-        return -(-num_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+        """In whole blocks, and one that vLLM keeps for itself."""
+        return (-(-num_tokens // BLOCK_TOKENS) + 1) * BLOCK_TOKENS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cells import Cell
-from contenders import AUTHORS, Contenders
+from contenders import Contenders
 from engine_process import EngineError, EngineProcess
 from measurement_file import MeasurementFile
 
@@ -91,10 +91,9 @@ class InterleavedRun:
         if not done:
             return None
         last = max(done, key=lambda row: row["length"] * row["batch"])
-        # The loop answers the questions one by one, and nothing is shared.
-        least = last["elapsed_s"] * cell.length * cell.batch / (last["length"] * last["batch"])
-        if cell.workload == "document" and name != AUTHORS:
-            least = last["elapsed_s"] * cell.length / last["length"]
+        least = last["elapsed_s"] * cell.length / last["length"]
+        if cell.workload != "document":  # Whose questions share it, or only one of them is asked.
+            least *= cell.batch / last["batch"]
         if least <= self._turns.limit_s:
             return None
         where = f"{last['length']:,} x {last['batch']}"

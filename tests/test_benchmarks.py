@@ -21,6 +21,7 @@ import paper_scale  # noqa: E402
 from accounting_report import ACCOUNTING  # noqa: E402
 from cells import Cell, parse_size  # noqa: E402
 from command_line import cells_of  # noqa: E402
+from contenders import Contenders, Options  # noqa: E402
 from engine_process import EngineError  # noqa: E402
 from goals import goals  # noqa: E402
 from interleaved import InterleavedRun, Turns  # noqa: E402
@@ -174,6 +175,23 @@ def test_what_would_take_too_long_is_left_out(tmp_path: Path) -> None:
     content = measure_all(tmp_path / "results.json", Recorder(), Turns(repetitions=1, limit_s=0.0)).content
     skipped = [row for row in content["rows"] if "would take" in row.get("skipped", "")]
     assert [(row["engine"], row["length"]) for row in skipped] == [("memlong", 128)]
+
+
+def test_memory_is_given_by_need_and_refused_beyond_the_limit(model: Path, tmp_path: Path) -> None:
+    small, large = Cell("prefill", 1000, 3, 24), Cell("prefill", 5000, 2, 24)
+    token_bytes = 5 * 2 * 2 * 32 * 2  # Layers, keys and values, heads, head size, bfloat16.
+    options = Options(kv_bytes=40 * 128 * token_bytes, max_num_batched_tokens=128)
+    contenders = Contenders(model, tmp_path, ["memlong", "full", "fp8", "authors"], [small, large], options)
+    assert contenders.why_not("full", small) is None
+    assert "GiB" in (contenders.why_not("full", large) or "")
+    assert contenders.why_not("fp8", large) is None
+    assert "one sequence" in (contenders.why_not("authors", small) or "")
+    assert contenders.settings("full")["max_model_len"] == 1024
+    assert contenders.settings("memlong")["max_model_len"] == 5024
+    assert contenders.fitting("full", small) == 3
+    # A block of 128 tokens more than 5,024 take, of half the bytes, in 40 blocks of full size.
+    assert contenders.fitting("fp8", large) == 1
+    assert contenders.kv_bytes("fp8") == 40 * 128 * token_bytes
 
 
 # Reports.
