@@ -17,7 +17,7 @@ from accounting_report import accounting_tables
 from goals import goals, retrieval_costs
 from measurement_file import read_results
 from plots import FIGURES, draw
-from summaries import MEASURES, Measure, Size, Spread, loses_to, of, ratio, sizes, skip_reason
+from summaries import MEASURES, Measure, Size, Spread, loses_to, measured, of, ratio, sizes, skip_reason
 
 from memlong_vllm.evaluation.reports import markdown_table
 
@@ -78,8 +78,8 @@ def cell(content: dict[str, Any], measure: Measure, engine: str, size: Size, sca
         reason = skip_reason(rows, measure.workload, engine, size)
         return f"- {footnotes.mark(f'{engine}: {reason}')}" if reason else ""
     text = shown(found, scale)
-    fits = {row.get("fits") for row in rows if (row["engine"], row["length"], row["batch"]) == (engine, *size)}
-    fewest = min((value for value in fits if value is not None), default=size[1])
+    mine = measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1])
+    fewest = min(row.get("fits", size[1]) for row in mine)
     if fewest < size[1]:
         text += " " + footnotes.mark(f"{engine}: its KV cache holds {fewest} of {size[1]} sequences; the others wait")
     most = max(row["repetition"] for row in rows if row["workload"] == measure.workload and "skipped" not in row) + 1
