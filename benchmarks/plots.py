@@ -26,6 +26,7 @@ FIGURES = {
     "memory": ("peak_bytes_total",),
 }
 MIB = 1 << 20
+LARGE_FACTOR = 4
 
 
 def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path | None:
@@ -65,7 +66,7 @@ def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path |
 def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
     rows, engines = content["rows"], list(content["models"])
     found = sizes(rows, measure.workload)
-    batches = sorted({batch for _, batch in found})
+    batches = sorted({row["batch"] for row in rows})  # Of the whole picture, which has one legend.
     scale = MIB if "bytes" in measure.field else 1
     for engine in engines:
         for batch, (style, marker) in zip(batches, LOOKS * len(batches), strict=False):
@@ -89,12 +90,26 @@ def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
     _mark_losses(rows, measure, engines, axes, scale)
     lengths = sorted({length for length, _ in found})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
+    _scale_y(axes)
     axes.set_xlabel("tokens of context")
     axes.set_title(measure.title.replace("bytes", "MiB"), fontsize="medium")
     axes.grid(alpha=0.3)
+
+
+def _scale_y(axes: Any) -> None:
+    """From zero, or by factors where the values differ by large ones."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    values = [value for line in axes.get_lines() for value in line.get_ydata() if value > 0]
+    if max(values) < LARGE_FACTOR * min(values):
+        axes.set_ylim(bottom=0)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.4g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _mark_losses(rows: Any, measure: Measure, engines: list[str], axes: Any, scale: float) -> None:
