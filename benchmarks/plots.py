@@ -104,7 +104,7 @@ def _scale_y(axes: Any) -> None:
 
     values = [value for line in axes.get_lines() for value in line.get_ydata() if value > 0]
     if max(values) < LARGE_FACTOR * min(values):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values))
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
