@@ -54,6 +54,7 @@ class MemoryHandle:
     """
 
     config: MemoryConfig
+    prompt_len: int
     clock: SegmentClock
     counters: ChunkCounters
     keys: Sequence[bytes] = ()
@@ -165,7 +166,7 @@ class Ledger:
             raise LedgerError(f"the memory of {request_id!r} is open already")
         config = config or self.config
         clock = SegmentClock(config, prompt_len, reads_named=borrow is not None)
-        handle = MemoryHandle(config, clock, ChunkCounters(config.capacity), keys, borrow)
+        handle = MemoryHandle(config, prompt_len, clock, ChunkCounters(config.capacity), keys, borrow)
         if prefix is not None and prefix.segments:
             handle.num_shared, handle.segment = len(prefix.segments), prefix.segments[-1]
             handle.position = handle.num_shared * config.retrieval_stride
@@ -188,9 +189,10 @@ class Ledger:
     def free_retired(self) -> None:
         """Let go what the steps so far can no longer read. Call before planning a step."""
         for handle in self._handles.values():
-            for chunk in [*handle.returning, *handle.passing]:
-                self.pool.release(chunk)
-            handle.returning, handle.passing = [], []
+            if handle.returning or handle.passing:
+                for chunk in [*handle.returning, *handle.passing]:
+                    self.pool.release(chunk)
+                handle.returning, handle.passing = [], []
             if handle.retiring:
                 lingering = [chunk for chunk in handle.retiring if chunk in handle.retrieved]
                 for chunk in handle.retiring:
@@ -210,6 +212,8 @@ class Ledger:
         if start != handle.position or end <= start:
             raise LedgerError(f"{request_id!r} is at position {handle.position}, cannot plan [{start}, {end})")
         chunk_size = self.config.chunk_size
+        if end - start == 1 and start >= handle.prompt_len and start % chunk_size and end % chunk_size:
+            return self._advance_within_chunk(handle, request_id, start)
         chunk_ids = range(start // chunk_size, (end - 1) // chunk_size + 1)
         for chunk_id in chunk_ids:
             if chunk_id not in handle.writing:
@@ -224,13 +228,20 @@ class Ledger:
             events.append(self._retrieve(handle, retrieval, search))
             cursor = retrieval.position
         self._add_span(handle, reads, cursor, end)
+        events += self._store_up_to(handle, end)
         handle.position = end
         plan = SequencePlan(request_id, start, end, tuple(write_slots), tuple(reads))
         num_complete = end // chunk_size - start // chunk_size
-        if num_complete == 0:  # Most steps of a decoding sequence.
-            return Advance(plan, events, {})
-        events += self._store_up_to(handle, end)
         return Advance(plan, events, dict(zip(chunk_ids, write_slots[:num_complete], strict=False)))
+
+    def _advance_within_chunk(self, handle: MemoryHandle, request_id: str, position: int) -> Advance:
+        """Plan a token of the answer that neither begins nor completes a chunk, and so retrieves
+        nothing: most steps of a decoding sequence, of which a step can have very many."""
+        slots = (handle.writing[position // self.config.chunk_size].slot,)
+        reads: list[ReadSpan] = []
+        self._add_span(handle, reads, position, position + 1)
+        handle.position = position + 1
+        return Advance(SequencePlan(request_id, position, position + 1, slots, tuple(reads)), [], {})
 
     @staticmethod
     def _add_span(handle: MemoryHandle, reads: list[ReadSpan], start: int, end: int) -> None:
