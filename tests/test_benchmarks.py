@@ -293,7 +293,7 @@ def test_throughput_runs(model: Path, tmp_path: Path) -> None:
     assert prefill["counters"]["embedded_texts"] > 0
     # The second time everything is computed, but nothing embedded.
     assert prefill["known_counters"] | {"embedded_texts": 0, "prefix_hit_tokens": 0} == prefill["known_counters"]
-    assert prefill["known_counters"]["searches"] == prefill["counters"]["searches"]
+    assert 0 < prefill["known_counters"]["searches"] <= prefill["counters"]["searches"]
     decode = rows["memlong", "decode", 320, 2]
     assert decode["known_prompt_tokens"] > 0
     assert decode["counters"]["embedded_texts"] > 0
