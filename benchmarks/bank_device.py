@@ -19,13 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from answers import PreparedEngine, generate, scheduler_of, tokens_of
 from backbones import gated_copy
-from engine_process import EngineProcess, generate, is_engine_process, scheduler_of, serve, tokens_of, write_result
+from engine_process import EngineProcess
+from result_file import write_result
 
 from memlong_vllm.demo_model import demo_checkpoint
 
 PLACES = ("device", "cpu")
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+
+
+def load(model: Path, settings: dict[str, Any]) -> PreparedEngine:
+    return PreparedEngine(prepare, model, settings)
 
 
 def prepare(llm: Any) -> Callable[..., dict[str, Any]]:
@@ -96,7 +102,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = gated_copy(demo_checkpoint(), Path(folder) / "gated")
-        engines = {place: EngineProcess(__file__, model, settings[place]) for place in PLACES}
+        engines = {place: EngineProcess(load, model, settings[place]) for place in PLACES}
         # The first batch of an engine, which nobody measures, warms it up.
         for engine in engines.values():
             engine.ask(start=90_000, length=1300, batch=2, max_tokens=4)
@@ -116,7 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if is_engine_process():
-        serve(prepare)
-    else:
-        main()
+    main()

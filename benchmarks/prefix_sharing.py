@@ -20,17 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from answers import PreparedEngine, generate, observe_embedder, scheduler_of, tokens_of
 from backbones import gated_copy
-from engine_process import (
-    EngineProcess,
-    generate,
-    is_engine_process,
-    observe_embedder,
-    scheduler_of,
-    serve,
-    tokens_of,
-    write_result,
-)
+from engine_process import EngineProcess
+from result_file import write_result
 
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.demo.prompts import NOVEL_QUESTIONS
@@ -39,6 +32,10 @@ from memlong_vllm.evaluation.plain_backbone import plain_backbone
 
 ENGINES = ("shared", "cold", "full")
 LIKELIEST = 20  # Log-probabilities compared of every token.
+
+
+def load(model: Path, settings: dict[str, Any]) -> PreparedEngine:
+    return PreparedEngine(prepare, model, settings)
 
 
 def prepare(llm: Any) -> Callable[..., dict[str, Any]]:
@@ -177,7 +174,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         gated = gated_copy(checkpoint, Path(folder) / "gated")
         models = {"shared": gated, "cold": gated, "full": plain_backbone(checkpoint, Path(folder) / "full")}
-        engines = {name: EngineProcess(__file__, models[name], settings[name]) for name in ENGINES}
+        engines = {name: EngineProcess(load, models[name], settings[name]) for name in ENGINES}
         rows, checks = measure(engines, arguments, config.memory.chunk_size)
         for engine in engines.values():
             engine.stop()
@@ -186,7 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if is_engine_process():
-        serve(prepare)
-    else:
-        main()
+    main()

@@ -1,106 +1,127 @@
-"""Tokens per second of MemLong, its backbone with full attention, and with the window only.
+"""Tokens per second of MemLong and of what a user would pick instead.
 
-    python benchmarks/throughput.py --lengths 2048 8192 --batch 2 --output benchmarks/results/throughput.json
+    python benchmarks/throughput.py --workloads prefill --output benchmarks/results/prefill.json
+    python benchmarks/report.py benchmarks/results/prefill.json
 
-Each engine lives in a process of its own; the three take turns in every repetition, so that a
-busy machine slows all of them alike. Reported are medians and the ratios of one run.
+Workloads: ``prefill``, a long new prompt and a short answer, and for MemLong and the window the
+same prompt again when its embeddings are known but nothing else; ``decode``, answers of more than a
+segment behind prompts that are known; ``document``, many questions about one document. Engines
+live in processes of their own and take turns in every repetition.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from engine_process import EngineProcess, is_engine_process, serve, tokens_of, write_result
+import command_line
+from cells import QUESTION_TOKENS, Cell
+from contenders import MEMLONG, WINDOW
+from engine_process import EngineProcess
+from token_times import TokenTimes
 
-from memlong_vllm.config import MemLongConfig
-from memlong_vllm.demo_model import demo_checkpoint
-from memlong_vllm.evaluation.plain_backbone import plain_backbone
-
-
-def prepare(llm: Any) -> Callable[..., dict[str, float]]:
-    from vllm import SamplingParams
-
-    tokens = tokens_of(llm)
-
-    def answer(length: int, batch: int, max_tokens: int, offset: int) -> dict[str, float]:
-        timings = {}
-        # Each measurement reads other stretches of the text, so no embedding is known beforehand.
-        for name, num_tokens, shift in (("prefill_s", 1, 0), ("total_s", max_tokens, 5000)):
-            starts = [offset + shift + i * 997 for i in range(batch)]
-            prompts = [{"prompt_token_ids": tokens[start : start + length]} for start in starts]
-            parameters = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-            began = time.perf_counter()
-            llm.generate(prompts, parameters, use_tqdm=False)
-            timings[name] = time.perf_counter() - began
-        return timings
-
-    return answer
+WORKLOADS = ("prefill", "decode", "document")
+SIZES = {
+    "prefill": [(2048, 1), (2048, 4), (8192, 1)],
+    "decode": [(2048, 1), (2048, 8), (8192, 8)],
+    "document": [(8192, 1), (8192, 8)],
+}
+DECODED = 160  # More than a segment, so that every sequence retrieves at least once.
+ANSWER = 32
+STRIDE = 997  # Between texts, so that no two chunks of them are alike.
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians by length and engine, and MemLong's ratio to each."""
-    table = []
-    for length in sorted({row["length"] for row in rows}):
-        medians = {}
-        for engine in ("memlong", "full", "window"):
-            mine = [row for row in rows if (row["length"], row["engine"]) == (length, engine)]
-            prefill = statistics.median(row["length"] * row["batch"] / row["prefill_s"] for row in mine)
-            total = statistics.median(row["total_s"] for row in mine)
-            spread = [min(row["total_s"] for row in mine), max(row["total_s"] for row in mine)]
-            medians[engine] = {"prefill_tokens_per_s": prefill, "total_s": total, "total_s_range": spread}
-        speedup = {name: medians[name]["total_s"] / medians["memlong"]["total_s"] for name in ("full", "window")}
-        table.append({"length": length, "engines": medians, "memlong_speedup_over": speedup})
-    return table
+def salts(cell: Cell, repetition: int) -> list[str]:
+    """Of new texts: neither prefixes nor embeddings are shared with any other measurement."""
+    return [f"{cell} {repetition} {row}" for row in range(cell.batch)]
+
+
+def starts(cell: Cell, repetition: int) -> list[int]:
+    return [(repetition * cell.batch + row) * STRIDE for row in range(cell.batch)]
+
+
+def prefill(name: str, engine: EngineProcess, cell: Cell, repetition: int, with_known: bool = True) -> dict[str, Any]:
+    prompts = [[(start, cell.length)] for start in starts(cell, repetition)]
+    request = {"prompts": prompts, "salts": salts(cell, repetition)}
+    result = TokenTimes(**engine.ask(max_tokens=cell.answer, **request))
+    num_prompt = cell.batch * cell.length
+    measures = {
+        "prefill_tokens_per_s": num_prompt / result.prompts_s,
+        "tokens_per_s": cell.batch * (cell.length + cell.answer) / result.total_s,
+        "prompts_s": result.prompts_s,
+        "total_s": result.total_s,
+    }
+    if with_known and name in (MEMLONG, WINDOW):
+        again = TokenTimes(**engine.ask(max_tokens=1, forget_prefixes=True, **request))
+        measures |= {"known_prefill_tokens_per_s": num_prompt / again.prompts_s, "known_counters": again.counters}
+    measures |= {"peak_bytes": result.peak_bytes, "peak_bytes_total": sum(result.peak_bytes.values())}
+    return measures | {"counters": result.counters}
+
+
+def decode(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
+    # A text's end is new in every repetition, the rest is known; ends differ in length, so that
+    # sequences retrieve one after another, as in a server.
+    end = min(128, cell.length // 4)
+    begin = [(cell.length - end, row * STRIDE) for row in range(cell.batch)]
+    prompts = []
+    for row, (length, start) in enumerate(begin):
+        own = 1 + (row * end // cell.batch + repetition * 7) % end
+        prompts.append([(start, length), (start + length + (repetition + 1) * 5003, own)])
+    own_salts = [f"{cell} {row}" for row in range(cell.batch)]
+    if engine.facts["shares_prefixes"]:
+        documents = [pieces[:1] for pieces in prompts]
+        engine.ask(prompts=documents, max_tokens=1, salts=own_salts)
+    result = TokenTimes(**engine.ask(prompts=prompts, max_tokens=cell.answer, salts=own_salts))
+    return {
+        "decode_tokens_per_s": result.decode_tokens_per_s(),
+        "simultaneous": result.is_simultaneous,
+        "known_prompt_tokens": sum(result.num_cached),
+        "total_s": result.total_s,
+        "peak_bytes": result.peak_bytes,
+        "counters": result.counters,
+    }
+
+
+def document(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
+    """The first question alone, then ``batch`` others at once. An engine that shares nothing is
+    asked one, as the others would take as long each."""
+    text = (repetition * STRIDE, cell.length)
+    salt = f"{cell} {repetition}"
+    num_later = cell.batch if engine.facts["shares_prefixes"] else 1
+    questions = [
+        [text, (cell.length + (repetition + 1) * 5003 + number * STRIDE, QUESTION_TOKENS)]
+        for number in range(1 + num_later)
+    ]
+    first = TokenTimes(**engine.ask(prompts=questions[:1], max_tokens=cell.answer, salts=[salt]))
+    later = TokenTimes(**engine.ask(prompts=questions[1:], max_tokens=cell.answer, salts=[salt] * num_later))
+    return {
+        "first_question_s": first.total_s,
+        "later_questions_per_s": num_later / later.total_s,
+        "later_asked": num_later,
+        "known_prompt_percent": 100 * sum(later.num_cached) / sum(later.prompt_lens),
+        "peak_bytes": later.peak_bytes,
+        "counters": later.counters,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="MemLong checkpoint; the demo model by default")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--output", type=Path, required=True)
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--answer", type=int, default=ANSWER, help="tokens, of prefill and document")
+    parser.add_argument("--decoded", type=int, default=DECODED, help="tokens, of decode")
+    parser.add_argument("--without-known", action="store_true", help="no second prefill with embeddings known")
     arguments = parser.parse_args()
-    checkpoint = arguments.model or demo_checkpoint()
-    window = MemLongConfig.from_pretrained(checkpoint).memory.local_window
-    longest = max(arguments.lengths) + arguments.max_tokens
-    settings = {"dtype": arguments.dtype, "max_model_len": longest, "max_num_seqs": arguments.batch}
-    settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 3 << 30, "max_num_batched_tokens": 2048}
-    settings |= {"enable_prefix_caching": False}
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        models = {
-            "memlong": checkpoint,
-            "full": plain_backbone(checkpoint, Path(folder) / "full"),
-            "window": plain_backbone(checkpoint, Path(folder) / "window", window),
-        }
-        engines = {name: EngineProcess(__file__, model, settings) for name, model in models.items()}
-        for length in arguments.lengths:
-            for repetition in range(arguments.repetitions):
-                for name, engine in engines.items():
-                    timings = engine.ask(
-                        length=length,
-                        batch=arguments.batch,
-                        max_tokens=arguments.max_tokens,
-                        offset=10_000 * repetition,
-                    )
-                    rows.append({"engine": name, "length": length, "batch": arguments.batch, **timings})
-                    print(rows[-1], flush=True)
-        for engine in engines.values():
-            engine.stop()
-    write_result(arguments.output, settings, rows, summarise(rows))
+    answers = {"prefill": arguments.answer, "decode": arguments.decoded, "document": arguments.answer}
+    measures = {"decode": decode, "document": document}
+    measures["prefill"] = partial(prefill, with_known=not arguments.without_known)
+
+    def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
+        return measures[cell.workload](name, engine, cell, repetition)
+
+    wanted = {workload: answers[workload] for workload in arguments.workloads}
+    cells = command_line.cells_of(arguments, wanted, SIZES)
+    command_line.run("throughput", arguments, cells, measure, answers=answers)
 
 
 if __name__ == "__main__":
-    if is_engine_process():
-        serve(prepare)
-    else:
-        main()
+    main()

@@ -49,6 +49,9 @@ class Setup:
         card_bytes: memory of one card; every tensor-parallel rank has one.
         host_bytes: memory of the host for the bank and the search index, all ranks together.
         dtype: of weights, KV cache and bank.
+        projection_dtype: of the layers' projections where these are quantised, as by vLLM's
+            ``quantization="fp8"``, which leaves embeddings and norms as they are; None for ``dtype``.
+            Its scales, one a projection, are not counted.
         kv_cache_dtype: vLLM's, for attention without a memory; with one it is always ``dtype``.
         max_concurrent_batches: engine steps under way at once, 2 with asynchronous scheduling.
         max_num_seqs: sequences at once, or None for as many as fit.
@@ -62,6 +65,7 @@ class Setup:
     card_bytes: int = 24 * GIB
     host_bytes: int = 64 * GIB
     dtype: torch.dtype = torch.bfloat16
+    projection_dtype: torch.dtype | None = None
     kv_cache_dtype: str = "auto"
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
@@ -296,7 +300,19 @@ def weight_bytes(config: LlamaConfig, memory: MemoryConfig | None, setup: Setup)
     """Weights of one rank as vLLM holds them, with padded heads and vocabulary."""
     vocabulary = -(-config.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     tp_size, head_dim = setup.tensor_parallel_size, padded_head_dim(config, setup)
-    return setup.dtype.itemsize * num_parameters(config, memory, head_dim, vocabulary, tp_size)
+    whole = setup.dtype.itemsize * num_parameters(config, memory, head_dim, vocabulary, tp_size)
+    if setup.projection_dtype is None:
+        return whole
+    saved = setup.dtype.itemsize - setup.projection_dtype.itemsize
+    return whole - saved * config.num_hidden_layers * _projection_parameters(config, head_dim, tp_size)
+
+
+def _projection_parameters(config: LlamaConfig, head_dim: int, tensor_parallel_size: int) -> int:
+    """Of a layer's seven projections on one rank, without biases."""
+    hidden, heads = config.hidden_size, config.num_attention_heads // tensor_parallel_size
+    kv_heads = max(1, config.num_key_value_heads // tensor_parallel_size)
+    inner = config.intermediate_size // tensor_parallel_size
+    return hidden * (2 * heads + 2 * kv_heads) * head_dim + 3 * hidden * inner
 
 
 def num_parameters(
@@ -317,7 +333,7 @@ def num_parameters(
     kv_heads = max(1, config.num_key_value_heads // tensor_parallel_size)
     inner = config.intermediate_size // tensor_parallel_size
     projected = (heads + 2 * kv_heads) * head_dim
-    layer = hidden * (projected + heads * head_dim) + 3 * hidden * inner + 2 * hidden
+    layer = _projection_parameters(config, head_dim, tensor_parallel_size) + 2 * hidden
     layer += config.attention_bias * (projected + hidden) + config.mlp_bias * (2 * inner + hidden)
     embedding = vocab_size // tensor_parallel_size * hidden
     backbone = (1 if config.tie_word_embeddings else 2) * embedding + config.num_hidden_layers * layer + hidden

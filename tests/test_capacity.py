@@ -331,3 +331,10 @@ def test_what_cannot_be_laid_out_is_refused(fields: dict[str, Any], message: str
 def test_weights_that_do_not_fit_leave_nothing() -> None:
     for capacity in capacities(Setup(4096, 4 * GIB)).values():
         assert (capacity.sequences, capacity.num_blocks, capacity.limited_by) == (0, 0, "card")
+
+
+def test_quantised_projections_leave_embeddings_and_norms_as_they_are() -> None:
+    """Llama-3-8B has 8,030,261,248 parameters, 1,050,939,392 of them embeddings and norms."""
+    config = LlamaConfig(**SHAPES["llama-3-8b"], tie_word_embeddings=False)
+    setup = Setup(80_000, projection_dtype=torch.float8_e4m3fn)
+    assert weight_bytes(config, None, setup) == 8_030_261_248 + 1_050_939_392

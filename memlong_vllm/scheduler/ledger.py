@@ -42,7 +42,8 @@ class MemoryHandle:
         counters: complete chunks held and how often each was retrieved.
         chunks: contents of the same.
         writing: contents of chunks that are not complete yet.
-        retrieved: what every next token attends to, until the next retrieval.
+        retrieved: what every next token attends to, until the next retrieval; ``retrieved_slots``:
+            where that is.
         origin: local position offset of that set.
         retrieval_id: of the retrieval it came from.
         retiring: forgotten chunks that may still be read.
@@ -53,6 +54,7 @@ class MemoryHandle:
     """
 
     config: MemoryConfig
+    prompt_len: int
     clock: SegmentClock
     counters: ChunkCounters
     keys: Sequence[bytes] = ()
@@ -61,6 +63,7 @@ class MemoryHandle:
     chunks: dict[int, Chunk] = field(default_factory=dict)
     writing: dict[int, Chunk] = field(default_factory=dict)
     retrieved: tuple[Chunk, ...] = ()
+    retrieved_slots: tuple[int, ...] = ()
     origin: int = -1
     retrieval_id: int = -1
     retiring: list[Chunk] = field(default_factory=list)
@@ -130,7 +133,7 @@ class Ledger:
         if num_tokens <= 0:
             return 0
         first, last = handle.position // size, (handle.position + num_tokens - 1) // size
-        own = sum(chunk_id not in handle.writing for chunk_id in range(first, last + 1))
+        own = last - first + (first not in handle.writing)  # Only the first can have been begun.
         if handle.borrow is None:
             return own
         retrievals = num_tokens // handle.config.retrieval_stride + 2
@@ -163,7 +166,7 @@ class Ledger:
             raise LedgerError(f"the memory of {request_id!r} is open already")
         config = config or self.config
         clock = SegmentClock(config, prompt_len, reads_named=borrow is not None)
-        handle = MemoryHandle(config, clock, ChunkCounters(config.capacity), keys, borrow)
+        handle = MemoryHandle(config, prompt_len, clock, ChunkCounters(config.capacity), keys, borrow)
         if prefix is not None and prefix.segments:
             handle.num_shared, handle.segment = len(prefix.segments), prefix.segments[-1]
             handle.position = handle.num_shared * config.retrieval_stride
@@ -186,9 +189,10 @@ class Ledger:
     def free_retired(self) -> None:
         """Let go what the steps so far can no longer read. Call before planning a step."""
         for handle in self._handles.values():
-            for chunk in [*handle.returning, *handle.passing]:
-                self.pool.release(chunk)
-            handle.returning, handle.passing = [], []
+            if handle.returning or handle.passing:
+                for chunk in [*handle.returning, *handle.passing]:
+                    self.pool.release(chunk)
+                handle.returning, handle.passing = [], []
             if handle.retiring:
                 lingering = [chunk for chunk in handle.retiring if chunk in handle.retrieved]
                 for chunk in handle.retiring:
@@ -208,6 +212,8 @@ class Ledger:
         if start != handle.position or end <= start:
             raise LedgerError(f"{request_id!r} is at position {handle.position}, cannot plan [{start}, {end})")
         chunk_size = self.config.chunk_size
+        if end - start == 1 and start >= handle.prompt_len and start % chunk_size and end % chunk_size:
+            return self._advance_within_chunk(handle, request_id, start)
         chunk_ids = range(start // chunk_size, (end - 1) // chunk_size + 1)
         for chunk_id in chunk_ids:
             if chunk_id not in handle.writing:
@@ -228,11 +234,19 @@ class Ledger:
         num_complete = end // chunk_size - start // chunk_size
         return Advance(plan, events, dict(zip(chunk_ids, write_slots[:num_complete], strict=False)))
 
+    def _advance_within_chunk(self, handle: MemoryHandle, request_id: str, position: int) -> Advance:
+        """Plan a token of the answer that neither begins nor completes a chunk, and so retrieves
+        nothing: most steps of a decoding sequence, of which a step can have very many."""
+        slots = (handle.writing[position // self.config.chunk_size].slot,)
+        reads: list[ReadSpan] = []
+        self._add_span(handle, reads, position, position + 1)
+        handle.position = position + 1
+        return Advance(SequencePlan(request_id, position, position + 1, slots, tuple(reads)), [], {})
+
     @staticmethod
     def _add_span(handle: MemoryHandle, reads: list[ReadSpan], start: int, end: int) -> None:
         if start < end and handle.retrieved:
-            slots = tuple(chunk.slot for chunk in handle.retrieved)
-            reads.append(ReadSpan(start, end, slots, handle.origin, handle.retrieval_id))
+            reads.append(ReadSpan(start, end, handle.retrieved_slots, handle.origin, handle.retrieval_id))
 
     def _retrieve(self, handle: MemoryHandle, retrieval: Retrieval, search: Search) -> Retrieved:
         eligible = [chunk_id for chunk_id in handle.chunks if chunk_id < retrieval.num_reachable]
@@ -243,6 +257,7 @@ class Ledger:
         handle.returning += handle.borrowed
         handle.borrowed = [handle.borrow(chunk) for chunk, _ in named] if handle.borrow is not None else []
         handle.retrieved = tuple(handle.borrowed) + tuple(handle.chunks[chunk_id] for chunk_id, _ in own)
+        handle.retrieved_slots = tuple(chunk.slot for chunk in handle.retrieved)
         handle.origin = retrieval.origin
         handle.retrieval_id = next(self._retrieval_ids)
         retrieved = Retrieved(

@@ -1,0 +1,159 @@
+"""What is compared: MemLong, and what a user would pick instead. How each is loaded, and how much
+memory it is given.
+
+All of them have the same backbone, the one inside the MemLong checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import authors_loop
+import vllm_engine
+from cells import Cell
+from engine_process import EngineProcess, Loader
+
+from memlong_vllm.config import GIB, MemLongConfig, max_sequence_slots
+from memlong_vllm.evaluation.plain_backbone import plain_backbone
+
+MEMLONG, FULL, WINDOW, AUTHORS, FP8, INT8 = "memlong", "full", "window", "authors", "fp8", "int8"
+TITLES = {
+    MEMLONG: "MemLong",
+    FULL: "full attention, stock vLLM",
+    FP8: "full attention, fp8 KV cache",
+    INT8: "full attention, int8 KV cache",
+    WINDOW: "sliding window only (upper bound)",
+    AUTHORS: "the authors' loop in transformers",
+}
+KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Blocks of the KV cache have at most so many tokens; a window needs one more at either end.
+BLOCK_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """How engines are set up, alike for all. ``kv_bytes``: of each one's KV cache at most."""
+
+    dtype: str = "bfloat16"
+    enforce_eager: bool = True
+    max_num_batched_tokens: int = 2048
+    kv_bytes: int = 4 * GIB
+    memlong: dict[str, Any] | None = None
+
+
+class Contenders:
+    """The engines of a run.
+
+    Args:
+        checkpoint: of MemLong.
+        folder: for the backbone's checkpoints, which are made when they are needed.
+        cells: what will be asked of them; they are given memory for the largest, within limits.
+    """
+
+    def __init__(
+        self, checkpoint: Path, folder: Path, names: Sequence[str], cells: Sequence[Cell], options: Options
+    ) -> None:
+        self.names, self.options = list(names), options
+        self._checkpoint, self._folder = checkpoint, folder
+        self.config = MemLongConfig.from_pretrained(checkpoint)
+        self.memory = self.config.memory
+        self._cells = {name: [cell for cell in cells if self.why_not(name, cell) is None] for name in names}
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """For the results file; the same whatever the cells."""
+        block = self.config.memlong
+        return {
+            name: {"title": TITLES[name], "checkpoint": self._checkpoint.name}
+            | ({"memlong": block} if name in (MEMLONG, AUTHORS) else {})
+            | ({"local_window": self.memory.local_window} if name == WINDOW else {})
+            for name in self.names
+        }
+
+    def why_not(self, name: str, cell: Cell) -> str | None:
+        """Why an engine cannot do a cell, or None if it can, as far as is known without trying."""
+        if name == AUTHORS and cell.batch > 1 and cell.workload != "document":
+            return "the loop takes one sequence at a time"
+        if name in (FULL, *KV_DTYPES):
+            needed, limit = self._padded(cell.longest) * self._token_bytes(name), self.options.kv_bytes
+            if needed > limit:
+                return f"the KV cache of one sequence takes {needed / GIB:.2f} GiB of {limit / GIB:.2f}"
+        return None
+
+    def fitting(self, name: str, cell: Cell) -> int:
+        """How many of a cell's sequences the KV cache holds at once; the others wait."""
+        if name not in (FULL, *KV_DTYPES) or cell.workload == "document":
+            return cell.batch
+        return min(cell.batch, self.kv_bytes(name) // (self._padded(cell.longest) * self._token_bytes(name)))
+
+    def start(self, name: str) -> EngineProcess:
+        """Raises:
+        EngineError: if it does not start.
+        """
+        load: Loader = authors_loop.load if name == AUTHORS else vllm_engine.load
+        return EngineProcess(load, self.model(name), self.settings(name))
+
+    def model(self, name: str) -> Path:
+        if name in (MEMLONG, AUTHORS):
+            return self._checkpoint
+        window = self.memory.local_window if name == WINDOW else None
+        folder = self._folder / ("window" if name == WINDOW else "full")
+        return folder if folder.exists() else plain_backbone(self._checkpoint, folder, window)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Of ``vllm.LLM``, or of the loop."""
+        options, cells = self.options, self._cells[name]
+        max_model_len = max(cell.longest for cell in cells)
+        if name == AUTHORS:
+            return {"dtype": options.dtype, "piece": self.memory.local_window, "max_model_len": max_model_len}
+        settings: dict[str, Any] = {
+            "dtype": options.dtype,
+            "enforce_eager": options.enforce_eager,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max(cell.batch for cell in cells),
+            "max_num_batched_tokens": max(options.max_num_batched_tokens, max(cell.batch for cell in cells)),
+            "kv_cache_memory_bytes": self.kv_bytes(name),
+            "enable_prefix_caching": True,
+        }
+        if max_model_len > json.loads((self.model(name) / "config.json").read_text())["max_position_embeddings"]:
+            # Only speed is measured: beyond what the backbone was trained on, its text is no use.
+            settings["hf_overrides"] = {"max_position_embeddings": max_model_len}
+        if name in KV_DTYPES:
+            settings["kv_cache_dtype"] = KV_DTYPES[name]
+        if name == MEMLONG:
+            settings["additional_config"] = {"memlong": {"bank_gib": self._bank_gib()} | (options.memlong or {})}
+        return settings
+
+    def kv_bytes(self, name: str) -> int:
+        """Of the KV cache: for all sequences of the largest cell, within the limit. Engines with a
+        window get as much as full attention: blocks that they no longer need hold prefixes."""
+        cells, token_bytes = self._cells[name], self._token_bytes(name)
+        wanted = max(cell.kv_tokens + 2 * (cell.batch + 1) * BLOCK_TOKENS for cell in cells) * token_bytes
+        wanted = min(wanted, self.options.kv_bytes)
+        if name in (MEMLONG, WINDOW):
+            held = self.memory.local_window + self.options.max_num_batched_tokens + 2 * BLOCK_TOKENS
+            wanted = max(wanted, (max(cell.batch for cell in cells) + 1) * held * token_bytes)
+        return wanted
+
+    def _bank_gib(self) -> float:
+        slot_bytes = self.memory.chunk_size * self._token_bytes(MEMLONG) // self.config.num_hidden_layers
+        step = self.options.max_num_batched_tokens
+        slots = max(
+            (cell.batch + 1) * max_sequence_slots(self.memory, cell.longest, step) for cell in self._cells[MEMLONG]
+        )
+        longest = max(cell.longest for cell in self._cells[MEMLONG])
+        return max(slots, max_sequence_slots(self.memory, longest, step) + 1) * slot_bytes / GIB
+
+    def _token_bytes(self, name: str) -> int:
+        """Of a token's keys and values in all layers."""
+        itemsize = 1 if name in KV_DTYPES else DTYPE_BYTES[self.options.dtype]
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim * itemsize
+
+    @staticmethod
+    def _padded(num_tokens: int) -> int:
+        """In whole blocks, and one that vLLM keeps for itself."""
+        return (-(-num_tokens // BLOCK_TOKENS) + 1) * BLOCK_TOKENS

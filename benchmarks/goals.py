@@ -1,0 +1,186 @@
+"""The goals of MemLong's speed, computed from rows: what was asked, what was measured, met or not."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from summaries import MEASURES, Measure, Row, Spread, measured, of, ratio, sizes
+
+MEMLONG, WINDOW, FULL = "memlong", "window", "full"
+FIELDS = {(measure.workload, measure.field): measure for measures in MEASURES.values() for measure in measures}
+DECODE_BATCH = 8
+END_TO_END = (32768, 4)
+FLAT = (8192, 65536)
+LEDGER_SEQUENCES = 64
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal.
+
+    Attributes:
+        bound: ``value`` must be at least this, or at most if not ``is_least``.
+        value: None if it was not measured.
+        detail: of what, or what is missing.
+    """
+
+    name: str
+    bound: float
+    is_least: bool
+    unit: str
+    value: float | None
+    detail: str
+
+    @property
+    def is_met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.is_least else self.value <= self.bound
+
+
+def goals(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Goal]:
+    """Every goal; of several runs the worst counts. Nothing is compared across runs.
+
+    Args:
+        runs: (benchmark, rows) of each results file.
+    """
+    by_name: dict[str, list[Goal]] = {}
+    for benchmark, rows in [*runs, ("", [])]:
+        is_throughput, is_retrieval = benchmark == "throughput", benchmark == "retrieval"
+        for goal in _goals_of_run(rows if is_throughput else [], rows if is_retrieval else []):
+            by_name.setdefault(goal.name, []).append(goal)
+    return [_worst(found) for found in by_name.values()]
+
+
+def _worst(found: Sequence[Goal]) -> Goal:
+    known = [goal for goal in found if goal.value is not None]
+    if not known:
+        return found[0]
+    worst = (min if known[0].is_least else max)(known, key=lambda goal: goal.value)
+    return replace(worst, detail="; ".join(goal.detail for goal in known))
+
+
+def _goals_of_run(throughput: Sequence[Row], retrieval: Sequence[Row]) -> list[Goal]:
+    prefill, known = (FIELDS["prefill", f"{name}prefill_tokens_per_s"] for name in ("", "known_"))
+    return [
+        _least_ratio(f"decode, batch {DECODE_BATCH}, of the window alone", 0.95, throughput, _decode(), DECODE_BATCH),
+        _least_ratio("prefill with embedding, of the window alone", 0.80, throughput, prefill),
+        _least_ratio("prefill, embeddings known, of the window alone", 0.97, throughput, known),
+        _end_to_end(throughput),
+        _flatness("prefill", throughput, prefill),
+        _flatness("decode", throughput, _decode()),
+        _retrieval_share(retrieval),
+        _ledger(retrieval),
+    ]
+
+
+def _decode() -> Measure:
+    return FIELDS["decode", "decode_tokens_per_s"]
+
+
+def _least_ratio(name: str, bound: float, rows: Sequence[Row], measure: Measure, batch: int | None = None) -> Goal:
+    """The worst size counts."""
+    found: dict[tuple[int, int], Spread] = {}
+    for size in sizes(rows, measure.workload):
+        value = ratio(rows, measure, MEMLONG, WINDOW, size)
+        if value is not None and batch in (None, size[1]):
+            found[size] = value
+    if not found:
+        return Goal(name, bound, True, "x", None, "no size with both")
+    return Goal(name, bound, True, "x", min(value.median for value in found.values()), _listed(found))
+
+
+def _end_to_end(rows: Sequence[Row]) -> Goal:
+    length, batch = END_TO_END
+    name = f"end to end at {length:,} x {batch}, of full attention"
+    value = ratio(rows, FIELDS["prefill", "tokens_per_s"], MEMLONG, FULL, END_TO_END)
+    if value is None:
+        return Goal(name, 4.0, True, "x", None, "not both of them at this size")
+    return Goal(name, 4.0, True, "x", value.median, _listed({END_TO_END: value}))
+
+
+def _flatness(name: str, rows: Sequence[Row], measure: Measure) -> Goal:
+    """How much dearer a token is at the dearest length than at the cheapest, the batch being equal."""
+    title = f"{name}: cost per token, {FLAT[0]:,} to {FLAT[1]:,}"
+    worst, detail = None, "not measured at both ends with one batch"
+    for batch in sorted({batch for _, batch in sizes(rows, measure.workload)}):
+        costs = {}
+        for length, other in sizes(rows, measure.workload):
+            value = of(rows, measure, MEMLONG, (length, batch)) if other == batch else None
+            if value is not None and FLAT[0] <= length <= FLAT[1]:
+                costs[length] = 1000 / value.median
+        if not costs.keys() >= set(FLAT):
+            continue
+        rise = 100 * (max(costs.values()) / min(costs.values()) - 1)
+        if worst is None or rise > worst:
+            listed = ", ".join(f"{length:,}: {cost:.3g} ms" for length, cost in costs.items())
+            worst, detail = rise, f"batch {batch}; {listed}"
+    return Goal(title, 10.0, False, "% more", worst, detail)
+
+
+def retrieval_costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What retrieval costs, of MemLong's rows of each cell: medians of all repetitions' steps, in ms.
+
+    ``own_ms`` is the scheduler's own time in a step in which some sequence retrieves, ``whole_ms`` the
+    whole step; ``plain_…`` likewise without a retrieval. ``share_percent``: what retrieval adds in the
+    scheduler, of a retrieving step's time; ``whole_percent``: how much longer such a step is in all;
+    ``held_percent``: of the sequences' time, in which they wait for an embedding.
+    """
+    costs = []
+    for workload in ("spread", "aligned"):
+        for length, batch in sizes(rows, workload):
+            mine = measured(rows, workload=workload, engine=MEMLONG, length=length, batch=batch)
+            plain, retrieving = (_steps(mine, kind) for kind in ("plain", "retrieving"))
+            if not plain["own_ms"] or not retrieving["own_ms"]:
+                continue
+            own, own_plain = (statistics.median(kind["own_ms"]) for kind in (retrieving, plain))
+            whole, whole_plain = (statistics.median(kind["whole_ms"]) for kind in (retrieving, plain))
+            cost = {"workload": workload, "length": length, "batch": batch, "own_ms": own, "plain_own_ms": own_plain}
+            cost |= {"whole_ms": whole, "plain_whole_ms": whole_plain, "steps": len(retrieving["own_ms"])}
+            held = [100 * row["counters"]["held_seconds"] / (row["total_s"] * batch) for row in mine]
+            cost |= {"held_percent": statistics.median(held)}
+            cost |= {"share_percent": 100 * (own - own_plain) / whole, "whole_percent": 100 * (whole / whole_plain - 1)}
+            costs.append(cost)
+    return costs
+
+
+def _steps(rows: Iterable[Row], kind: str) -> dict[str, list[float]]:
+    rows = list(rows)
+    return {name: [value for row in rows for value in row["by_kind"][kind][name]] for name in ("own_ms", "whole_ms")}
+
+
+def _retrieval_share(rows: Sequence[Row]) -> Goal:
+    name = "the retrieval step, of a step in which some sequence retrieves"
+    costs = retrieval_costs(rows)
+    if not costs:
+        return Goal(name, 1.0, False, "%", None, "no steps with and without a retrieval")
+    listed = "; ".join(
+        f"{cost['workload']} {cost['length']:,} x {cost['batch']}: {cost['share_percent']:.2f} % of "
+        f"{cost['whole_ms']:.4g} ms (whole step {cost['whole_percent']:+.1f} %)"
+        for cost in costs
+    )
+    return Goal(name, 1.0, False, "%", max(cost["share_percent"] for cost in costs), listed)
+
+
+def _ledger(rows: Sequence[Row]) -> Goal:
+    name = f"ledger and plan of a step, {LEDGER_SEQUENCES} sequences"
+    mine = measured(rows, workload="ledger", engine=MEMLONG, batch=LEDGER_SEQUENCES)
+    times = [time for row in mine for time in row["plain_ms"] + row["retrieving_ms"]]
+    if not times:
+        return Goal(name, 0.2, False, "ms", None, "not measured")
+    parts = []
+    for field in ("plain_ms", "retrieving_ms"):
+        values = [time for row in mine for time in row[field]]
+        if values:
+            parts.append(f"{field.removesuffix('_ms')} steps {statistics.median(values):.3f} (n={len(values)})")
+    return Goal(name, 0.2, False, "ms", statistics.median(times), f"median of all; {', '.join(parts)}")
+
+
+def _listed(found: Mapping[tuple[int, int], Spread]) -> str:
+    return "; ".join(
+        f"{length:,} x {batch}: {value.median:.2f} ({value.low:.2f}-{value.high:.2f})"
+        for (length, batch), value in found.items()
+    )

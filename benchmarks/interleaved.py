@@ -1,0 +1,107 @@
+"""Runs every cell with every engine, in turns, several times; what is done already is not repeated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cells import Cell
+from contenders import Contenders
+from engine_process import EngineError, EngineProcess
+from measurement_file import MeasurementFile
+
+Measure = Callable[[str, EngineProcess, Cell, int], dict[str, Any]]
+"""(engine's name, engine, cell, repetition) -> the measures of a row."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How often.
+
+    Attributes:
+        repetitions: of every cell; ``fewer``, by engine, those of slow ones.
+        limit_s: a measurement that would take longer, judged by smaller cells, is not made.
+        retry: try again what was skipped.
+    """
+
+    repetitions: int = 3
+    fewer: dict[str, int] | None = None
+    limit_s: float = 900.0
+    retry: bool = False
+
+    def of(self, name: str) -> int:
+        return min(self.repetitions, (self.fewer or {}).get(name, self.repetitions))
+
+
+class InterleavedRun:
+    """All engines run at once, each in its process and idle but in its turn; so a busy machine
+    slows all of them alike. Which goes first changes from repetition to repetition."""
+
+    def __init__(self, file: MeasurementFile, contenders: Contenders, measure: Measure, turns: Turns) -> None:
+        self._file, self._contenders, self._measure, self._turns = file, contenders, measure, turns
+        self._running: dict[str, EngineProcess] = {}
+        self._broken: dict[str, str] = {}
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        try:
+            for cell in cells:
+                for repetition in range(self._turns.repetitions):
+                    for name in self._contenders.names[:: 1 if repetition % 2 == 0 else -1]:
+                        if repetition < self._turns.of(name):
+                            self._turn(name, cell, repetition)
+        finally:
+            for engine in self._running.values():
+                engine.stop()
+
+    def _turn(self, name: str, cell: Cell, repetition: int) -> None:
+        key = {"engine": name, **cell.key}
+        row = key | {"repetition": repetition}
+        skipped = key | {"repetition": None}
+        if self._file.has(row) or (self._file.has(skipped) and not self._turns.retry):
+            return
+        reason = self._broken.get(name) or self._contenders.why_not(name, cell) or self._too_slow(name, cell)
+        if reason is None:
+            try:
+                engine, began = self._engine(name), time.perf_counter()
+                measures = self._measure(name, engine, cell, repetition)
+                fits = self._contenders.fitting(name, cell)
+                self._save(row | {"elapsed_s": time.perf_counter() - began, "fits": fits} | measures)
+                return
+            except EngineError as error:
+                reason = self._broken[name] = str(error)
+                if name in self._running:
+                    self._running.pop(name).stop()
+        if not self._file.has(skipped):
+            self._save(skipped | {"skipped": reason})
+
+    def _engine(self, name: str) -> EngineProcess:
+        if name not in self._running:
+            print(f"starting {name}", flush=True)
+            self._running[name] = self._contenders.start(name)
+            self._file.add_engine(name, self._contenders.settings(name), self._running[name].facts)
+        return self._running[name]
+
+    def _too_slow(self, name: str, cell: Cell) -> str | None:
+        """By the largest of the smaller cells, as if time were linear in tokens, which it is at best."""
+        done = [row for row in self._file.rows if "skipped" not in row]
+        done = [row for row in done if (row["engine"], row["workload"]) == (name, cell.workload)]
+        done = [row for row in done if row["length"] <= cell.length and row["batch"] <= cell.batch]
+        if not done:
+            return None
+        last = max(done, key=lambda row: row["length"] * row["batch"])
+        least = last["elapsed_s"] * cell.length / last["length"]
+        if cell.workload != "document":  # Whose questions share it, or only one of them is asked.
+            least *= cell.batch / last["batch"]
+        if least <= self._turns.limit_s:
+            return None
+        where = f"{last['length']:,} x {last['batch']}"
+        return f"would take {least:,.0f} s or more by its time at {where}; the limit is {self._turns.limit_s:,.0f} s"
+
+    def _save(self, row: dict[str, Any]) -> None:
+        self._file.append([row])
+        shown = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        print(
+            {name: round(value, 3) if isinstance(value, float) else value for name, value in shown.items()}, flush=True
+        )

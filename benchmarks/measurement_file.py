@@ -1,0 +1,69 @@
+"""The files under ``benchmarks/results``: rows as they come, and what they were measured with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from memlong_vllm.evaluation.results import ResultsFile, Row, read_results
+
+KEY = ("engine", "workload", "length", "batch", "repetition")
+__all__ = ["KEY", "MeasurementFile", "Row", "read_results"]
+
+
+class MeasurementFile(ResultsFile):
+    """A results file with the command lines and the machine. A row is of one engine, workload,
+    length, batch and repetition, and has measures; or it has ``skipped``, the reason why there are
+    none, and the repetition None.
+
+    Raises:
+        memlong_vllm.evaluation.scoring.EvaluationError: if the file is of a run with other settings.
+    """
+
+    def __init__(
+        self, path: Path, benchmark: str, settings: dict[str, Any], engines: dict[str, Any], overwrite: bool = False
+    ) -> None:
+        super().__init__(path, benchmark, settings, engines, KEY, overwrite)
+
+    def _resume(self, found: dict[str, Any]) -> None:
+        super()._resume(found)
+        for name in ("command_lines", "machine", "engines"):
+            self.content[name] = found[name]
+
+    def _write(self) -> None:
+        # Rows stay the last field.
+        rows = self.content.pop("rows")
+        line = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        lines = self.content.setdefault("command_lines", [])
+        if line not in lines:
+            lines.append(line)
+        self.content.setdefault("engines", {})
+        self.content["machine"] = machine() | {"load_at_the_start": self._load_at_the_start()}
+        self.content["rows"] = rows
+        super()._write()
+
+    def _load_at_the_start(self) -> Any:
+        return self.content.get("machine", {}).get("load_at_the_start", os.getloadavg())
+
+    def add_engine(self, name: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Note how an engine was set up; the last start counts."""
+        self.content["engines"][name] = {"settings": settings, "facts": facts}
+
+
+def machine() -> dict[str, Any]:
+    """Cores, memory and load. The load includes the benchmark's own; above the number of cores,
+    others were at work."""
+    memory = Path("/proc/meminfo")
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    total = next((line.split()[1] for line in lines if line.startswith("MemTotal")), None)
+    return {
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "niceness": os.nice(0),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "memory_gib": round(int(total) / (1 << 20), 1) if total else None,
+        "load": os.getloadavg(),
+    }

@@ -1,0 +1,74 @@
+"""Requests over HTTP that come one after another: ``vllm bench serve`` against real servers.
+
+    python benchmarks/online.py --output benchmarks/results/online.json
+
+Every contender is a ``vllm serve`` of its own. The client, vLLM's own, sends prompts of a novel at
+random times, ``--rate`` a second on average. A cell's batch is the number of requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import command_line
+from cells import Cell
+from contenders import AUTHORS, FP8, FULL, MEMLONG, WINDOW, Contenders
+from example_text import DOCUMENT
+from server_process import ServerProcess
+
+SIZES = [(4096, 12)]
+ENGINES = (MEMLONG, WINDOW, FULL, FP8, AUTHORS)
+# Of the tokenizer's margin: prompts are cut by their tokens, and may be cut otherwise as text.
+SPARE_TOKENS = 64
+
+
+class ServedContenders(Contenders):
+    """The contenders behind servers."""
+
+    def why_not(self, name: str, cell: Cell) -> str | None:
+        if name == AUTHORS:
+            return "it is no server"
+        return super().why_not(name, cell)
+
+    def start(self, name: str) -> Any:
+        return ServerProcess(self.model(name), self.settings(name))
+
+
+class Prompts:
+    """Stretches of the novel, as text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = tokenizer(DOCUMENT.read_text(encoding="utf-8"))["input_ids"]
+
+    def texts(self, number: int, length: int, first: int) -> list[str]:
+        """``number`` texts of ``length`` tokens; others for every ``first``."""
+        room = max(1, len(self._tokens) - length)
+        starts = [(first + row) * 997 % room for row in range(number)]
+        return [self._tokenizer.decode(self._tokens[start : start + length]) for start in starts]
+
+
+def main() -> None:
+    parser = command_line.parser(__doc__, ENGINES)
+    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--rate", type=float, default=0.1, help="requests a second")
+    parser.set_defaults(repetitions=2)
+    arguments = parser.parse_args()
+    cells = command_line.cells_of(arguments, {"online": arguments.answer + SPARE_TOKENS}, {"online": SIZES})
+    prompts: list[Prompts] = []
+
+    def measure(name: str, server: Any, cell: Cell, repetition: int) -> dict[str, Any]:
+        if not prompts:
+            from memlong_vllm.evaluation.models import load_tokenizer
+
+            prompts.append(Prompts(load_tokenizer(arguments.model or command_line.demo_checkpoint())))
+        texts = prompts[0].texts(cell.batch, cell.length, repetition * cell.batch)
+        return server.ask(prompts=texts, max_tokens=arguments.answer, request_rate=arguments.rate, seed=repetition)
+
+    command_line.run(
+        "online", arguments, cells, measure, ServedContenders, answer=arguments.answer, rate=arguments.rate
+    )
+
+
+if __name__ == "__main__":
+    main()

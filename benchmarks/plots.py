@@ -1,0 +1,133 @@
+"""Plots of results files: a picture a file, a panel a measure, a line an engine and batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from summaries import MEASURES, Measure, loses_to, of, sizes, skip_reason
+
+from memlong_vllm.evaluation.reports import COLOURS
+
+ENGINE_COLOURS = {name: COLOURS[name] for name in ("memlong", "full", "window")}
+ENGINE_COLOURS |= {"fp8": "#d98c00", "int8": "#8e44ad", "authors": "#c0392b"}
+# By batch, the smallest first.
+LOOKS = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (1, 3)), "v"))
+# By benchmark, the fields that are drawn.
+FIGURES = {
+    "throughput": (
+        "prefill_tokens_per_s",
+        "tokens_per_s",
+        "decode_tokens_per_s",
+        "later_questions_per_s",
+        "peak_bytes_total",
+    ),
+    "latency": ("ttft_p50_s", "itl_p50_ms", "itl_p99_ms"),
+    "memory": ("peak_bytes_total",),
+}
+MIB = 1 << 20
+LARGE_FACTOR = 4
+
+
+def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path | None:
+    """Draw what there are rows of; returns ``path``, or None if there is nothing or no matplotlib."""
+    measures = [measure for measure in MEASURES[content["command"]] if measure.field in fields]
+    measures = [
+        m for m in measures if any(of(content["rows"], m, "memlong", s) for s in sizes(content["rows"], m.workload))
+    ]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plots: matplotlib is not installed (pip install 'memlong-vllm[eval]')")
+        return None
+    if not measures:
+        return None
+    columns = min(2, len(measures))
+    rows = -(-len(measures) // columns)
+    figure = Figure(figsize=(6 * columns, 4 * rows + 0.8), layout="constrained")
+    entries: dict[str, Any] = {}
+    for place, measure in enumerate(measures):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _panel(content, measure, axes)
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=2 + 2 * columns,
+        fontsize="small",
+        frameon=False,
+    )
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
+    rows, engines = content["rows"], list(content["models"])
+    found = sizes(rows, measure.workload)
+    batches = sorted({row["batch"] for row in rows})  # Of the whole picture, which has one legend.
+    scale = MIB if "bytes" in measure.field else 1
+    for engine in engines:
+        for batch, (style, marker) in zip(batches, LOOKS * len(batches), strict=False):
+            points = [(size[0], of(rows, measure, engine, size)) for size in found if size[1] == batch]
+            points = [(length, value) for length, value in points if value is not None]
+            if not points:
+                continue
+            lengths, medians = [length for length, _ in points], [value.median / scale for _, value in points]
+            errors = [
+                [(value.median - value.low) / scale for _, value in points],
+                [(value.high - value.median) / scale for _, value in points],
+            ]
+            look = {
+                "color": ENGINE_COLOURS[engine],
+                "linestyle": style,
+                "marker": marker,
+                "markersize": 5,
+                "capsize": 2,
+            }
+            axes.errorbar(lengths, medians, yerr=errors, label=f"{engine}, batch {batch}", **look)
+    _mark_losses(rows, measure, engines, axes, scale)
+    lengths = sorted({length for length, _ in found})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    _scale_y(axes)
+    axes.set_xlabel("tokens of context")
+    axes.set_title(measure.title.replace("bytes", "MiB"), fontsize="medium")
+    axes.grid(alpha=0.3)
+
+
+def _scale_y(axes: Any) -> None:
+    """From zero, or by factors where the values differ by large ones."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    values = [value for line in axes.get_lines() for value in line.get_ydata() if value > 0]
+    if max(values) < LARGE_FACTOR * min(values):
+        axes.set_ylim(0, 1.1 * max(values))
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.4g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _mark_losses(rows: Any, measure: Measure, engines: list[str], axes: Any, scale: float) -> None:
+    """Rings around MemLong's points where an alternative is better, and crosses at the lower edge
+    where an engine could not be measured."""
+    rings, crosses = [], []
+    for size in sizes(rows, measure.workload):
+        mine = of(rows, measure, "memlong", size)
+        if mine is not None and loses_to(rows, measure, size, engines):
+            rings.append((size[0], mine.median / scale))
+        for engine in engines:
+            if of(rows, measure, engine, size) is None and skip_reason(rows, measure.workload, engine, size):
+                crosses.append((size[0], engine))
+    if rings:
+        look = {"facecolors": "none", "edgecolors": "#e00000", "linewidths": 1.5, "zorder": 5}
+        axes.scatter(*zip(*rings, strict=True), s=110, label="MemLong loses", **look)
+    order = list(ENGINE_COLOURS)
+    for length, engine in sorted(set(crosses)):
+        place, colour = 0.03 + 0.03 * order.index(engine), ENGINE_COLOURS[engine]
+        look = {"marker": "x", "s": 26, "color": colour, "transform": axes.get_xaxis_transform()}
+        axes.scatter([length], [place], label=f"{engine}: some batch not measured", **look)

@@ -1,0 +1,129 @@
+"""What rows say together: medians, spreads, ratios, and where MemLong loses."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+Size = tuple[int, int]
+"""(length, batch)"""
+# What a user could serve instead; the window alone is a bound and no alternative.
+ALTERNATIVES = ("full", "fp8", "int8", "authors")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of rows.
+
+    Attributes:
+        field: its name in rows.
+        title: with its unit.
+        more_is_better: else less is.
+    """
+
+    workload: str
+    field: str
+    title: str
+    more_is_better: bool = True
+
+
+MEASURES = {
+    "throughput": (
+        Measure("prefill", "prefill_tokens_per_s", "Prefill of new text, embedding included: tokens/s"),
+        Measure("prefill", "known_prefill_tokens_per_s", "Prefill with embeddings known: tokens/s"),
+        Measure("prefill", "tokens_per_s", "Long prompts and short answers, end to end: tokens/s"),
+        Measure("prefill", "peak_bytes_total", "Held by requests at the peak: bytes", more_is_better=False),
+        Measure("decode", "decode_tokens_per_s", "Decode: tokens/s of all sequences"),
+        Measure("document", "first_question_s", "A document and its first question: s", more_is_better=False),
+        Measure("document", "later_questions_per_s", "Later questions about the same document: questions/s"),
+    ),
+    "latency": (
+        Measure("burst", "ttft_p50_s", "Time to first token, median of the requests: s", more_is_better=False),
+        Measure("burst", "ttft_p99_s", "Time to first token, p99: s", more_is_better=False),
+        Measure("burst", "itl_p50_ms", "Between tokens, p50: ms", more_is_better=False),
+        Measure("burst", "itl_p99_ms", "Between tokens, p99: ms", more_is_better=False),
+    ),
+    "online": (
+        Measure("online", "output_tokens_per_s", "Answers over HTTP: tokens/s"),
+        Measure("online", "ttft_p50_ms", "Time to first token over HTTP, p50: ms", more_is_better=False),
+        Measure("online", "ttft_p99_ms", "Time to first token over HTTP, p99: ms", more_is_better=False),
+        Measure("online", "itl_p50_ms", "Between tokens over HTTP, p50: ms", more_is_better=False),
+        Measure("online", "itl_p99_ms", "Between tokens over HTTP, p99: ms", more_is_better=False),
+    ),
+    "memory": (Measure("held", "peak_bytes_total", "Held by requests at the peak: bytes", more_is_better=False),),
+    "retrieval": (
+        Measure("spread", "decode_tokens_per_s", "Decode, retrievals one after another: tokens/s"),
+        Measure("aligned", "decode_tokens_per_s", "Decode, all retrieve in one step: tokens/s"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repetitions of one measurement."""
+
+    median: float
+    low: float
+    high: float
+    number: int
+
+
+def measured(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """Rows with measures and these values."""
+    return [row for row in rows if "skipped" not in row and all(row.get(key) == wanted[key] for key in wanted)]
+
+
+def by_repetition(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> dict[int, float]:
+    mine = measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1])
+    return {row["repetition"]: row[measure.field] for row in mine if row.get(measure.field) is not None}
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    return Spread(statistics.median(values), min(values), max(values), len(values))
+
+
+def of(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> Spread | None:
+    return spread(list(by_repetition(rows, measure, engine, size).values()))
+
+
+def ratio(rows: Sequence[Row], measure: Measure, engine: str, other: str, size: Size) -> Spread | None:
+    """Of the medians; low and high are those of single repetitions, in which both were measured in
+    turns."""
+    mine, theirs = (by_repetition(rows, measure, name, size) for name in (engine, other))
+    if not mine or not theirs:
+        return None
+    pairs = [mine[number] / theirs[number] for number in sorted(mine.keys() & theirs.keys())]
+    middle = statistics.median(mine.values()) / statistics.median(theirs.values())
+    return Spread(middle, min([middle, *pairs]), max([middle, *pairs]), len(pairs))
+
+
+def sizes(rows: Sequence[Row], workload: str) -> list[Size]:
+    """All there are rows of, also skipped ones."""
+    return sorted({(row["length"], row["batch"]) for row in rows if row["workload"] == workload})
+
+
+def skip_reason(rows: Sequence[Row], workload: str, engine: str, size: Size) -> str | None:
+    for row in rows:
+        if (row["workload"], row["engine"], row["length"], row["batch"]) == (workload, engine, *size):
+            return row.get("skipped")
+    return None
+
+
+def loses_to(rows: Sequence[Row], measure: Measure, size: Size, engines: Sequence[str]) -> list[str]:
+    """Alternatives that are better than MemLong, by medians."""
+    mine = of(rows, measure, "memlong", size)
+    if mine is None:
+        return []
+    found = []
+    for name in engines:
+        theirs = of(rows, measure, name, size) if name in ALTERNATIVES else None
+        if theirs is None or theirs.median == mine.median:
+            continue
+        if (theirs.median > mine.median) == measure.more_is_better:
+            found.append(name)
+    return found
