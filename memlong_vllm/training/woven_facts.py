@@ -132,6 +132,8 @@ class _Weaver:
     def _state(self) -> None:
         is_passkey = not self.with_passkey and self.draw.random() < 0.3
         fact = passkey(self.draw) if is_passkey else make_fact(self.draw)
+        while any(stated.fact.question == fact.question for stated in self.facts):
+            fact = make_fact(self.draw)  # A question has one answer.
         self.with_passkey |= is_passkey
         before, after = self.draw.choice(_SETTINGS)
         self.add(self.encode(before + fact.statement + after), 0.0)
@@ -146,8 +148,8 @@ class _Weaver:
         end = -(-(len(self.token_ids) + len(question) - 1) // stride) * stride + 1
         self.add_prose(end - len(question) - len(self.token_ids))
         self.add(question, 0.0)
-        self.add(answer, self.recipe.answer_weight)
-        self.add(self.encode("."), 0.0)
+        # The full stop counts as well: where an answer ends has to be learned, too.
+        self.add(answer + self.encode("."), self.recipe.answer_weight)
         stated.last_seen = len(self.token_ids)
 
     def _repeat(self, first: int, length: int) -> None:
