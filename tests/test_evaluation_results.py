@@ -132,6 +132,7 @@ def recall_content(tmp_path: Path) -> Path:
                 fields = {"model": model, "kind": "passkey", "length": 64, "depth": depth, "trial": trial}
                 found = None if size is None else size > 0
                 outcome = {"memory_size": size, "correct": trial < 4 * rate, "needle_retrieved": found}
+                outcome |= {"needle_depth": min(depth, 0.4) + trial / 100}
                 results.append([fields | outcome])
     return results.path
 
@@ -140,7 +141,15 @@ def recall_content(tmp_path: Path) -> Path:
     ("make", "expected"),
     [
         (perplexity_content, ["| memlong, memory off |", "| full |  |", "+0.2000 ± 0.0000", "3 texts"]),
-        (recall_content, ["| memlong, memory 512 | 50% [22%, 78%] of 8, 100% retrieved |", "| 0.9 |", "| full | 100%"]),
+        (
+            recall_content,
+            [
+                "| memlong, memory 512 | 50% [22%, 78%] of 8, 100% retrieved |",
+                "| full | 100%",
+                "| 0.9 | 50%",
+                "retrieved, at 0.42 |",
+            ],
+        ),
     ],
 )
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, expected: list[str]) -> None:
@@ -166,7 +175,7 @@ def test_reports_need_rows(tmp_path: Path) -> None:
 
 
 def test_a_rate_says_how_sure_it_is() -> None:
-    assert str(Rate(10, 9, None)) == "90% [60%, 98%]"
+    assert str(Rate(10, 9, None, 0.5)) == "90% [60%, 98%]"
 
 
 def test_random_vectors_depend_on_the_text_alone() -> None:
