@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ def test_demonstrations_are_balanced_and_the_same_for_all_numbers(num_labels: in
         assert max(counts.values()) - min(counts[label] for label in range(num_labels)) <= 1
     assert draw_demonstrations(pool, num_labels, 4, 6, seed=3) == (near[:4], far[:6])
     assert draw_demonstrations(pool, num_labels, 4, 6, seed=4) != (near[:4], far[:6])
+    drawn_by_seed = [draw_demonstrations(pool, num_labels, 18, 18, seed) for seed in range(5)]
+    for (_, memory), (prompt, _) in pairwise(drawn_by_seed):
+        orders = [[example.label for example in drawn] for drawn in (memory, prompt)]
+        assert orders[0] != orders[1], "a seed's memory does not repeat the next one's prompt"
     with pytest.raises(EvaluationError, match=r"are 1 sentences with label 0 .* 2 are needed: name a longer file"):
         draw_demonstrations(examples(num_labels, num_labels), num_labels, 0, 1, seed=0)
 
