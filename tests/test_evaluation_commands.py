@@ -58,8 +58,30 @@ def test_perplexity_of_engine_and_reference(
         nlls = {expected[model, text.name, 400, 256]["nll"] for model in ("memlong", "random")}
         assert len(nlls | {measured["memlong", text.name, 400, 0]["nll"]}) == 3
     assert "| memlong, memory 256 |" in engine.with_suffix(".md").read_text()
-    # Sequences of all lengths end at the same token.
     assert "positive: predicts worse" in capsys.readouterr().out
+
+
+def test_control_stretches_and_alignment(
+    evaluate: Evaluate, model: Path, checkpoints: Checkpoints, texts: list[Path], tmp_path: Path
+) -> None:
+    outputs, control = [tmp_path / "end.json", tmp_path / "start.json"], checkpoints.memlong(gates=1.5)
+    for output, align in zip(outputs, ("end", "start"), strict=True):
+        more = ["--engine", "reference", "--align", align, "--windows", 2, "--control", control]
+        assert evaluate(*perplexity(model, texts[:1], output, *more)) == 0
+    end, start = (
+        {(row["model"], row["window"], row["length"], row["memory_size"]): row["nll"] for row in content["rows"]}
+        for content in map(read_results, outputs)
+    )
+    assert end.keys() == start.keys()
+    assert len(end) == 2 * 2 * (2 + 1)
+    for window in (0, 1):
+        # A control is measured with its memory off; without, this one is the model itself.
+        for length in (100, 400):
+            assert end["control", window, length, 0] == pytest.approx(end["memlong", window, length, 0], abs=1e-6)
+        # The longest sequence is the whole stretch, wherever shorter ones are aligned.
+        assert start["memlong", window, 400, 256] == pytest.approx(end["memlong", window, 400, 256], abs=1e-6)
+        assert abs(start["memlong", window, 100, 0] - end["memlong", window, 100, 0]) > 1e-3
+    assert abs(end["memlong", 0, 400, 0] - end["memlong", 1, 400, 0]) > 1e-3
 
 
 def test_a_stopped_run_is_completed(
