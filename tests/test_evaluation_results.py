@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from memlong_vllm.config import RetrieverConfig
+from memlong_vllm.evaluation.models import ModelSpec, describe, model_name
 from memlong_vllm.evaluation.perplexity_report import summarise
 from memlong_vllm.evaluation.random_retriever import RandomEmbedder
 from memlong_vllm.evaluation.recall_report import Rate
@@ -176,6 +177,24 @@ def test_reports_need_rows(tmp_path: Path) -> None:
 
 def test_a_rate_says_how_sure_it_is() -> None:
     assert str(Rate(10, 9, None, 0.5)) == "90% [60%, 98%]"
+
+
+def test_a_merged_adapter_is_named_not_told(tmp_path: Path) -> None:
+    """A checkpoint's config.json lists all that an adapter was trained on."""
+    training = {"step": 400, "train": [f"text {number}" for number in range(1000)]}
+    block = {"digest": "2f", "training": training, "merged_before": {"digest": "1f", "training": {}}}
+    config = {"max_position_embeddings": 512, "memlong": {}, "memlong_adapter": block}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    described = describe(ModelSpec("memlong", tmp_path, tmp_path, "memlong", 64, config=config))
+    assert described["adapter"] == {"digest": "2f", "step": 400, "merged_before": {"digest": "1f", "step": None}}
+    assert "text 999" not in json.dumps(described)
+    plain = describe(ModelSpec("full", tmp_path, tmp_path, "plain", None, config={"max_position_embeddings": 512}))
+    assert plain["adapter"] is None
+
+
+def test_models_of_the_hub_have_its_name() -> None:
+    assert model_name(Path("checkpoints/tiny")) == "tiny"
+    assert model_name(Path("hub/models--some--tiny-v2/snapshots/0a1b")) == "some/tiny-v2"
 
 
 def test_random_vectors_depend_on_the_text_alone() -> None:

@@ -131,9 +131,8 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
     """What identifies a model in a results file: settings, origin and a digest of its weights."""
     block = spec.config.get("memlong")
     trained = spec.config.get("backbone_max_position_embeddings") or spec.reach
-    provenance = {name: value for name, value in spec.config.items() if "adapter" in name}
     return {
-        "name": spec.source.name,
+        "name": model_name(spec.source),
         "path": str(spec.source),
         "attention": "memory" if spec.kind == "memlong" else "full" if spec.window is None else "window",
         "random_retrieval": spec.random_retrieval,
@@ -142,9 +141,26 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         "local_window": spec.window,
         "trained_length": trained,
         "memlong": block if spec.kind == "memlong" else None,
-        "adapter": provenance or None,
+        "adapter": merged_adapter(spec.config.get("memlong_adapter")),
         "digest": checkpoint_digest(spec.source),
     }
+
+
+def model_name(folder: Path) -> str:
+    """The folder's name; for a model in the hub's cache, whose folder is called by its revision, the hub's."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def merged_adapter(block: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Which adapter is in a checkpoint, and after how many steps of training. All else that
+    ``config.json`` says of it, every training text among it, can be looked up by the digest."""
+    if block is None:
+        return None
+    before = merged_adapter(block.get("merged_before"))
+    named = {"digest": block["digest"], "step": block["training"].get("step")}
+    return named if before is None else named | {"merged_before": before}
 
 
 def checkpoint_digest(folder: Path) -> str:
