@@ -65,7 +65,18 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
         open_results(path, SETTINGS | {"last": 16})
     with pytest.raises(EvaluationError, match=r"memlong.digest was '0f', now '2f'"):
         open_results(path, models=MODELS | {"memlong": description(digest="2f")})
-    assert len(open_results(path, SETTINGS | {"last": 16}, overwrite=True).rows) == 0
+
+
+def test_what_is_overwritten_stays_until_there_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    open_results(path).append([row("memlong", "a", 64, 0, 2.5)])
+    before = path.read_text()
+    later = open_results(path, SETTINGS | {"last": 16}, overwrite=True)
+    assert later.rows == []
+    assert path.read_text() == before
+    later.append([row("memlong", "b", 64, 0, 3.5)])
+    content = read_results(path)
+    assert (content["settings"]["last"], [entry["text"] for entry in content["rows"]]) == (16, ["b"])
 
 
 def test_models_can_be_added(tmp_path: Path) -> None:
@@ -167,7 +178,9 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, 
 
 
 def test_reports_need_rows(tmp_path: Path) -> None:
-    path = open_results(tmp_path / "results.json").path
+    results = open_results(tmp_path / "results.json")
+    results.append([])
+    path = results.path
     with pytest.raises(EvaluationError, match="has no rows"):
         write_report(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"command": "poetry"}))

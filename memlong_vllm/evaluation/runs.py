@@ -177,8 +177,8 @@ def run_task(
     """Measure what is missing in ``--output``.
 
     Raises:
-        EvaluationError: before anything is computed, if a sequence is too long for a model or the
-            file is of another run.
+        EvaluationError: before anything is computed or written, if a sequence is too long for a
+            model, there is no such sequence, or the file is of another run.
     """
     for spec in specs:
         check_reach(spec, task.max_length, arguments.max_model_len)
@@ -186,6 +186,7 @@ def run_task(
     settings = task.settings() | {"engine": arguments.engine, "dtype": arguments.dtype, "memlong": arguments.memlong}
     settings |= {"memory_sizes": list(sizes), "top_k": arguments.top_k}
     descriptions = {spec.label: describe(spec) for spec in specs}
+    items = [task.items(spec) for spec in specs]
     results = ResultsFile(arguments.output, task.command, settings, descriptions, task.key, arguments.overwrite)
     with tempfile.TemporaryDirectory(prefix="memlong-evaluate-") as folder:
         how = ScorerSettings(
@@ -200,8 +201,8 @@ def run_task(
             piece=arguments.piece,
             memlong=arguments.memlong,
         )
-        for spec in specs:
-            _run_model(task, spec, how, results)
+        for spec, of_model in zip(specs, items, strict=True):
+            _run_model(task, spec, of_model, how, results)
     return results
 
 
@@ -217,8 +218,7 @@ def check_reach(spec: ModelSpec, length: int, allowed: int | None) -> None:
         )
 
 
-def _run_model(task: Task, spec: ModelSpec, how: ScorerSettings, results: ResultsFile) -> None:
-    items = task.items(spec)
+def _run_model(task: Task, spec: ModelSpec, items: Sequence[Item], how: ScorerSettings, results: ResultsFile) -> None:
     missing = [item for item in items if not results.has(item.row)]
     if len(missing) < len(items):
         print(f"{spec.label}: {len(items) - len(missing)} of {len(items)} rows are in {results.path} already")
