@@ -100,6 +100,20 @@ def positive(text: str) -> int:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every evaluation has."""
+    _add_model_arguments(parser)
+    add_variant_arguments(parser)
+    _add_memory_arguments(parser)
+    _add_running_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, required=True, metavar="JSON", help="results; the same command again completes them"
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="discard what is in --output, once there is something to put there"
+    )
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     models.add_argument("--model", required=True, metavar="DIR", help="MemLong checkpoint, or 'demo'")
     models.add_argument(
@@ -118,13 +132,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--random-retrieval", action="store_true", help="also run the model with as many chunks chosen by chance"
     )
-    add_variant_arguments(parser)
+
+
+def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--memory-sizes", type=comma_separated, metavar="N,…",
         help="tokens a sequence remembers; 0: memory off (default: 0 and the checkpoint's)",
     )  # fmt: skip
     memory.add_argument("--top-k", type=positive, metavar="N", help="chunks a retrieval takes (default: checkpoint's)")
+
+
+def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--engine", choices=("vllm", "reference"), default="vllm")
     running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -138,11 +157,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--memlong", type=json_object, default={}, metavar="JSON",
         help='more of additional_config["memlong"], for example \'{"bank_gib": 16}\' (vLLM only)',
     )  # fmt: skip
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", type=Path, required=True, metavar="JSON", help="results; the same command again completes them"
-    )
-    output.add_argument("--overwrite", action="store_true", help="discard what is in --output")
 
 
 def specs_of(arguments: argparse.Namespace) -> list[ModelSpec]:
