@@ -141,6 +141,7 @@ REFUSED = [
     (["--texts", "{text}", "{text}"], "another file is called one.txt too"),
     (["--texts", "{tmp}/none.txt"], "--texts {tmp}/none.txt"),
     (["--model", "{base}"], "is no MemLong checkpoint: make one with memlong-vllm convert"),
+    (["--model", "{tmp}/none"], '"demo" stands for the demo checkpoint'),
 ]
 
 

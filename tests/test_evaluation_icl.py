@@ -167,6 +167,7 @@ REFUSED = [
     (["--memory-shots", "30"], "name a longer file with --train, or lower --shots and --memory-shots"),
     (["--label-words", "bad"], "--label-words bad: needs 2 different words"),
     (["--label-words", "zeal,zero"], "begin with the same token, so one token cannot tell them apart"),
+    (["--beside", "rag", "--memlong", '{{"retriever_path": "{tmp}/none"}}'], "'{tmp}/none' cannot be loaded"),
     (["--train", "{tmp}/none.tsv"], "--train {tmp}/none.tsv"),
     (["--task", "sst5", "--data", "{tmp}/x.md"], "name a .tsv or .csv file"),
 ]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from memlong_vllm.demo_model import demo_checkpoint
+from memlong_vllm.cli.model_argument import resolve_model
 from memlong_vllm.evaluation.models import BASELINES, ModelSpec, describe, model_specs
 from memlong_vllm.evaluation.opening import open_scorer
 from memlong_vllm.evaluation.results import ResultsFile, Row
@@ -115,7 +115,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
-    models.add_argument("--model", required=True, metavar="DIR", help="MemLong checkpoint, or 'demo'")
+    models.add_argument(
+        "--model", required=True, help="MemLong checkpoint: a folder, a hub name that was downloaded before, or 'demo'"
+    )
     models.add_argument(
         "--control", type=Path, metavar="DIR", help="the same training without memory; run with memory off"
     )
@@ -163,9 +165,9 @@ def specs_of(arguments: argparse.Namespace) -> list[ModelSpec]:
     """The models that the options name.
 
     Raises:
-        EvaluationError, DemoModelError: naming the option.
+        EvaluationError, ModelArgumentError: naming the option.
     """
-    model = demo_checkpoint() if arguments.model == "demo" else Path(arguments.model)
+    model = resolve_model(arguments.model)
     specs = model_specs(model, arguments.control, arguments.baselines, arguments.backbone, arguments.random_retrieval)
     for varied in arguments.vary:
         if varied.key in arguments.memlong or (varied.key == "top_k" and arguments.top_k is not None):
