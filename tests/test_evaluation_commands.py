@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from memlong_vllm.evaluation.models import model_specs
 from memlong_vllm.evaluation.results import read_results
 from tests.checkpoints import Checkpoints, novel
 
@@ -142,6 +143,16 @@ REFUSED = [
     (["--texts", "{tmp}/none.txt"], "--texts {tmp}/none.txt"),
     (["--model", "{base}"], "is no MemLong checkpoint: make one with memlong-vllm convert"),
     (["--model", "{tmp}/none"], '"demo" stands for the demo checkpoint'),
+    (["--memlong", '{{"top_k": 0}}'], "memlong.top_k = 0: must be a positive integer"),
+    (
+        ["--engine", "reference", "--memlong", '{{"bank_gib": 2, "trace_file": "x", "top_k": 1}}'],
+        "--memlong bank_gib, trace_file: a matter of the engine",
+    ),
+    (
+        ["--engine", "reference", "--memlong", '{{"retrieval_layers": [1, 2, 3]}}'],
+        "has other memory parameters than --memlong asks for (model.layers.3.self_attn.memory_gate, …)",
+    ),
+    (["--engine", "reference", "--memlong", '{{"retriever_path": "{tmp}/none"}}'], "'{tmp}/none' cannot be loaded"),
 ]
 
 
@@ -155,13 +166,34 @@ def test_what_is_refused(
     words: list[str],
     message: str,
 ) -> None:
-    """Before anything is loaded or written."""
+    """Before anything is written."""
     places = {"tmp": tmp_path, "text": texts[0], "base": checkpoints.base()}
     output = tmp_path / "results.json"
     words = [word.format(**places) for word in words]
     assert evaluate(*perplexity(checkpoints.memlong(), texts, output, *words)) == 2
     assert message.format(**places) in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize("words", [["--lengths", "90"], ["--memlong", '{"retriever_path": "/none"}']])
+def test_results_outlive_a_run_that_cannot_overwrite_them(
+    evaluate: Evaluate, checkpoints: Checkpoints, texts: list[Path], tmp_path: Path, words: list[str]
+) -> None:
+    """It has no place for needles outside the window, or no retriever."""
+    output = tmp_path / "results.json"
+    output.write_text("a week's work")
+    common = ["--model", checkpoints.memlong(), "--texts", *texts, "--lengths", 300, "--engine", "reference"]
+    assert evaluate("recall", *common, "--output", output, "--overwrite", *words) == 2
+    assert output.read_text() == "a week's work"
+
+
+def test_settings_of_a_deployment_count_wherever_they_are_asked_for(model: Path) -> None:
+    served = {"local_window": 96, "chunk_size": 32, "retrieval_stride": 32, "query_tokens": 32, "bank_gib": 1}
+    main, window = model_specs(model, baselines=["window"], memlong=served)
+    assert (main.window, window.window) == (96, 96)
+    assert main.config["memlong"]["chunk_size"] == 32
+    assert "bank_gib" not in main.config["memlong"]
+    assert main.config["memlong"]["top_k"] == 2
 
 
 def test_sequences_beyond_the_checkpoint_are_refused(

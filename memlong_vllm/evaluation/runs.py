@@ -7,18 +7,22 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from memlong_vllm.cli.model_argument import resolve_model
-from memlong_vllm.evaluation.models import BASELINES, ModelSpec, describe, model_specs
+from memlong_vllm.config import DeploymentConfig
+from memlong_vllm.evaluation.models import BASELINES, ModelSpec, deployed, describe, model_specs
 from memlong_vllm.evaluation.opening import open_scorer
 from memlong_vllm.evaluation.results import ResultsFile, Row
 from memlong_vllm.evaluation.scoring import EvaluationError, Prompt, Scorer, ScorerSettings
 from memlong_vllm.evaluation.variants import add_variant_arguments, check_memory_size, variant_specs
+
+# Of the deployment's settings, those that mean something without an engine.
+FOR_THE_REFERENCE = ("retriever_path", "retriever_device")
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,8 @@ def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     running.add_argument(
         "--memlong", type=json_object, default={}, metavar="JSON",
-        help='more of additional_config["memlong"], for example \'{"bank_gib": 16}\' (vLLM only)',
+        help='more of additional_config["memlong"], for example \'{"bank_gib": 16}\'; with --engine reference what is '
+        f"no matter of an engine: {', '.join(FOR_THE_REFERENCE)} and the checkpoint's settings",
     )  # fmt: skip
 
 
@@ -165,14 +170,33 @@ def specs_of(arguments: argparse.Namespace) -> list[ModelSpec]:
     """The models that the options name.
 
     Raises:
-        EvaluationError, ModelArgumentError: naming the option.
+        EvaluationError, ModelArgumentError, MemoryConfigError: naming the option or setting.
     """
-    model = resolve_model(arguments.model)
-    specs = model_specs(model, arguments.control, arguments.baselines, arguments.backbone, arguments.random_retrieval)
+    check_memlong(arguments.engine, arguments.memlong)
+    specs = model_specs(
+        resolve_model(arguments.model),
+        arguments.control,
+        arguments.baselines,
+        arguments.backbone,
+        arguments.random_retrieval,
+        arguments.memlong,
+    )
     for varied in arguments.vary:
         if varied.key in arguments.memlong or (varied.key == "top_k" and arguments.top_k is not None):
             raise EvaluationError(f"--vary {varied.key} and another option that sets it for all models: drop either")
-    return specs + variant_specs(specs[0], arguments.vary, arguments.variant, [spec.label for spec in specs])
+    variants = variant_specs(specs[0], arguments.vary, arguments.variant, [spec.label for spec in specs])
+    return specs + [deployed(spec, arguments.memlong) for spec in variants]
+
+
+def check_memlong(engine: str, memlong: dict[str, Any]) -> None:
+    """Raises:
+    EvaluationError: if ``--memlong`` has what the reference cannot apply.
+    """
+    of_engines = {field.name for field in fields(DeploymentConfig)} - set(FOR_THE_REFERENCE)
+    if engine == "reference" and (refused := sorted(of_engines & memlong.keys())):
+        raise EvaluationError(
+            f"--memlong {', '.join(refused)}: a matter of the engine, and --engine reference has none: leave it out"
+        )
 
 
 def memory_sizes_of(arguments: argparse.Namespace, main: ModelSpec) -> list[int]:
