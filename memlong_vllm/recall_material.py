@@ -1,7 +1,7 @@
 """Prompts that ask for something hidden far back in real prose. Standard library only.
 
-Measured with ``memlong-vllm evaluate recall``, and a material for training. Needles are put between
-tokens, not into a string, so that a prompt has exactly the length and the depth that is asked for.
+Measured with ``memlong-vllm evaluate recall``. Needles are put between tokens, not into a string, so
+that a prompt has exactly the length that is asked for and its needle's place is known.
 """
 
 from __future__ import annotations
@@ -36,14 +36,11 @@ class RecallPrompt:
 
     Attributes:
         token_ids: prose with needles in it, more prose, the question.
-        answer: text that continues the prompt right, with the space before it.
-        expected: the digits in it.
-        needle: [start, end) of the tokens that say it.
+        expected: the digits that continue it right.
+        needle: [start, end) of the tokens that say them.
     """
 
-    kind: str
     token_ids: list[int]
-    answer: str
     expected: str
     needle: tuple[int, int]
 
@@ -95,47 +92,48 @@ def recall_prompt(
             of which is asked for.
         depth: where the needle that is asked for stands in the prose: 0 at its beginning, 1 at its end.
         draw: the stretch of prose, the keys, the names and the other needles' places come from it.
-        min_distance: tokens between the needle's end and the prompt's at least; what depth asks for
-            is moved further back for it. With a window of W and chunks of C tokens, W + C suffice
-            for the needle to be outside of the window and its chunks to be stored.
+        min_distance: tokens between the needle's end and the prompt's at least; it moves the needle
+            back. Windows of W and chunks of C tokens: W + C put it outside, its chunks stored.
         num_keys: needles of ``"multikey"``.
 
     Raises:
         MaterialError: if prose or prompt is too short.
     """
-    if kind == PASSKEY:
-        needles, question, answer = _passkey(draw)
-    elif kind == MULTIKEY:
-        needles, question, answer = _multikey(draw, num_keys)
-    else:
-        raise MaterialError(f"kind {kind!r}: must be one of {KINDS}")
+    needles, question, expected = _wording(kind, draw, num_keys)
     encoded, asked = [encode(needle) for needle in needles], encode(question)
     num_prose = length - len(prose.prefix) - sum(map(len, encoded)) - len(asked)
     filler = _stretch(prose, num_prose, draw)
-    # All that stands after the needle that is asked for, beside prose: other needles may.
-    after = min_distance - len(asked)
-    latest = num_prose - max(0, after)
+    # The question is between needle and end as well; other needles may be, or may not.
+    prose_after = max(0, min_distance - len(asked))
+    latest = num_prose - prose_after
     if latest < 0 or not 0 <= depth <= 1:
-        need = length + after - num_prose
         raise MaterialError(
             f"a prompt of {length} tokens has no place at depth {depth} that is {min_distance} tokens before its end; "
-            f"it takes {need} tokens or more, and a depth from 0 to 1"
+            f"it takes {length + prose_after - num_prose} tokens or more, and a depth from 0 to 1"
         )
     places = [min(round(depth * num_prose), latest), *(draw.randint(0, num_prose) for _ in needles[1:])]
     places = [_after_break(filler, place, prose.breaks) for place in places]
     token_ids, needle = _insert([*prose.prefix], filler, list(zip(places, encoded, strict=True)))
-    return RecallPrompt(kind, token_ids + asked, f" {answer}", answer, needle)
+    return RecallPrompt(token_ids + asked, expected, needle)
+
+
+def _wording(kind: str, draw: random.Random, num_keys: int) -> tuple[list[str], str, str]:
+    """The needles, the one that is asked for first; the question; and the digits that answer it."""
+    if kind == PASSKEY:
+        return _passkey(draw)
+    if kind == MULTIKEY:
+        return _multikey(draw, num_keys)
+    raise MaterialError(f"kind {kind!r}: must be one of {KINDS}")
 
 
 def _passkey(draw: random.Random) -> tuple[list[str], str, str]:
-    """The needle, the question and the answer, in the usual wording (Mohtashami and Jaggi, 2023)."""
+    """In the usual wording (Mohtashami and Jaggi, 2023)."""
     key = _five_digits(draw)
     needle = f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
     return [needle], "\n\nWhat is the pass key? The pass key is", key
 
 
 def _multikey(draw: random.Random, num_keys: int) -> tuple[list[str], str, str]:
-    """The first needle is the one that is asked for."""
     if not 1 <= num_keys <= len(NAMES):
         raise MaterialError(f"num_keys = {num_keys}: there are {len(NAMES)} names")
     names = draw.sample(NAMES, num_keys)

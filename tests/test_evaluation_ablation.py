@@ -70,6 +70,25 @@ def test_what_cannot_be_varied(text: str) -> None:
         variation(text)
 
 
+@pytest.mark.parametrize(("fusion", "result"), [("gated", "let no memory through"), ("scaled_logits", "halve all")])
+def test_gates_that_were_never_trained(checkpoints: Checkpoints, fusion: str, result: str) -> None:
+    """A joint checkpoint's: as a gated one it would be measured without memory."""
+    joint = checkpoints.memlong(gates=0, fusion="joint")
+    message = rf"--vary fusion={fusion}: .* no trained gates in layers \[1, 2, 4\], and zero ones {result}"
+    with pytest.raises(EvaluationError, match=message):
+        varied(joint, f"fusion={fusion}")
+    assert [spec.label for spec in varied(joint, "top_k=1", "retrieval_layers=2+3")] == [
+        "top_k=1", "retrieval_layers=2+3",
+    ]  # fmt: skip
+
+
+def test_fusions_with_the_gates_they_need(model: Path, checkpoints: Checkpoints) -> None:
+    assert [spec.label for spec in varied(model, "fusion=joint,scaled_logits")] == [
+        "fusion=joint", "fusion=scaled_logits",
+    ]  # fmt: skip
+    assert [spec.label for spec in varied(checkpoints.memlong(gates=0), "fusion=joint")] == ["fusion=joint"]
+
+
 def test_labels_and_vocabularies_are_checked(model: Path, checkpoints: Checkpoints) -> None:
     main = model_specs(model)[0]
     other = variant_specs(main, [], [("later", model)], ["memlong"])[0]

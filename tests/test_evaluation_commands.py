@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from memlong_vllm.evaluation.models import model_specs
 from memlong_vllm.evaluation.results import read_results
 from tests.checkpoints import Checkpoints, novel
 
@@ -58,8 +59,30 @@ def test_perplexity_of_engine_and_reference(
         nlls = {expected[model, text.name, 400, 256]["nll"] for model in ("memlong", "random")}
         assert len(nlls | {measured["memlong", text.name, 400, 0]["nll"]}) == 3
     assert "| memlong, memory 256 |" in engine.with_suffix(".md").read_text()
-    # Sequences of all lengths end at the same token.
     assert "positive: predicts worse" in capsys.readouterr().out
+
+
+def test_control_stretches_and_alignment(
+    evaluate: Evaluate, model: Path, checkpoints: Checkpoints, texts: list[Path], tmp_path: Path
+) -> None:
+    outputs, control = [tmp_path / "end.json", tmp_path / "start.json"], checkpoints.memlong(gates=1.5)
+    for output, align in zip(outputs, ("end", "start"), strict=True):
+        more = ["--engine", "reference", "--align", align, "--windows", 2, "--control", control]
+        assert evaluate(*perplexity(model, texts[:1], output, *more)) == 0
+    end, start = (
+        {(row["model"], row["window"], row["length"], row["memory_size"]): row["nll"] for row in content["rows"]}
+        for content in map(read_results, outputs)
+    )
+    assert end.keys() == start.keys()
+    assert len(end) == 2 * 2 * (2 + 1)
+    for window in (0, 1):
+        # A control is measured with its memory off; without, this one is the model itself.
+        for length in (100, 400):
+            assert end["control", window, length, 0] == pytest.approx(end["memlong", window, length, 0], abs=1e-6)
+        # The longest sequence is the whole stretch, wherever shorter ones are aligned.
+        assert start["memlong", window, 400, 256] == pytest.approx(end["memlong", window, 400, 256], abs=1e-6)
+        assert abs(start["memlong", window, 100, 0] - end["memlong", window, 100, 0]) > 1e-3
+    assert abs(end["memlong", 0, 400, 0] - end["memlong", 1, 400, 0]) > 1e-3
 
 
 def test_a_stopped_run_is_completed(
@@ -119,6 +142,17 @@ REFUSED = [
     (["--texts", "{text}", "{text}"], "another file is called one.txt too"),
     (["--texts", "{tmp}/none.txt"], "--texts {tmp}/none.txt"),
     (["--model", "{base}"], "is no MemLong checkpoint: make one with memlong-vllm convert"),
+    (["--model", "{tmp}/none"], '"demo" stands for the demo checkpoint'),
+    (["--memlong", '{{"top_k": 0}}'], "memlong.top_k = 0: must be a positive integer"),
+    (
+        ["--engine", "reference", "--memlong", '{{"bank_gib": 2, "trace_file": "x", "top_k": 1}}'],
+        "--memlong bank_gib, trace_file: a matter of the engine",
+    ),
+    (
+        ["--engine", "reference", "--memlong", '{{"retrieval_layers": [1, 2, 3]}}'],
+        "has other memory parameters than --memlong asks for (model.layers.3.self_attn.memory_gate, …)",
+    ),
+    (["--engine", "reference", "--memlong", '{{"retriever_path": "{tmp}/none"}}'], "'{tmp}/none' cannot be loaded"),
 ]
 
 
@@ -132,13 +166,34 @@ def test_what_is_refused(
     words: list[str],
     message: str,
 ) -> None:
-    """Before anything is loaded or written."""
+    """Before anything is written."""
     places = {"tmp": tmp_path, "text": texts[0], "base": checkpoints.base()}
     output = tmp_path / "results.json"
     words = [word.format(**places) for word in words]
     assert evaluate(*perplexity(checkpoints.memlong(), texts, output, *words)) == 2
     assert message.format(**places) in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize("words", [["--lengths", "90"], ["--memlong", '{"retriever_path": "/none"}']])
+def test_results_outlive_a_run_that_cannot_overwrite_them(
+    evaluate: Evaluate, checkpoints: Checkpoints, texts: list[Path], tmp_path: Path, words: list[str]
+) -> None:
+    """It has no place for needles outside the window, or no retriever."""
+    output = tmp_path / "results.json"
+    output.write_text("a week's work")
+    common = ["--model", checkpoints.memlong(), "--texts", *texts, "--lengths", 300, "--engine", "reference"]
+    assert evaluate("recall", *common, "--output", output, "--overwrite", *words) == 2
+    assert output.read_text() == "a week's work"
+
+
+def test_settings_of_a_deployment_count_wherever_they_are_asked_for(model: Path) -> None:
+    served = {"local_window": 96, "chunk_size": 32, "retrieval_stride": 32, "query_tokens": 32, "bank_gib": 1}
+    main, window = model_specs(model, baselines=["window"], memlong=served)
+    assert (main.window, window.window) == (96, 96)
+    assert main.config["memlong"]["chunk_size"] == 32
+    assert "bank_gib" not in main.config["memlong"]
+    assert main.config["memlong"]["top_k"] == 2
 
 
 def test_sequences_beyond_the_checkpoint_are_refused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ def test_demonstrations_are_balanced_and_the_same_for_all_numbers(num_labels: in
         assert max(counts.values()) - min(counts[label] for label in range(num_labels)) <= 1
     assert draw_demonstrations(pool, num_labels, 4, 6, seed=3) == (near[:4], far[:6])
     assert draw_demonstrations(pool, num_labels, 4, 6, seed=4) != (near[:4], far[:6])
+    drawn_by_seed = [draw_demonstrations(pool, num_labels, 18, 18, seed) for seed in range(5)]
+    for (_, memory), (prompt, _) in pairwise(drawn_by_seed):
+        orders = [[example.label for example in drawn] for drawn in (memory, prompt)]
+        assert orders[0] != orders[1], "a seed's memory does not repeat the next one's prompt"
     with pytest.raises(EvaluationError, match=r"are 1 sentences with label 0 .* 2 are needed: name a longer file"):
         draw_demonstrations(examples(num_labels, num_labels), num_labels, 0, 1, seed=0)
 
@@ -137,8 +141,9 @@ def test_engine_and_reference_agree(evaluate: Callable[..., int], model: Path, d
         if method == "memory":
             none = measured[name, "none", shots, 0, seed if shots else None, number]
             assert np.abs(np.subtract(row["scores"], none["scores"])).max() > 1e-3, "memory makes a difference"
-            chance = expected["random", method, shots, num, seed, number]
-            assert chance["scores"] != none["scores"]
+            chance = expected["random", method, shots, num, seed, number]["scores"]
+            assert np.abs(np.subtract(chance, none["scores"])).max() > 1e-3, "chunks chosen by chance are read"
+            assert np.abs(np.subtract(chance, row["scores"])).max() > 1e-3, "and are others"
     text = engine.with_suffix(".md").read_text()
     assert "| 2 | memlong | 4 in memory |" in text
     assert "Calibrated:" in text
@@ -162,6 +167,7 @@ REFUSED = [
     (["--memory-shots", "30"], "name a longer file with --train, or lower --shots and --memory-shots"),
     (["--label-words", "bad"], "--label-words bad: needs 2 different words"),
     (["--label-words", "zeal,zero"], "begin with the same token, so one token cannot tell them apart"),
+    (["--beside", "rag", "--memlong", '{{"retriever_path": "{tmp}/none"}}'], "'{tmp}/none' cannot be loaded"),
     (["--train", "{tmp}/none.tsv"], "--train {tmp}/none.tsv"),
     (["--task", "sst5", "--data", "{tmp}/x.md"], "name a .tsv or .csv file"),
 ]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from memlong_vllm.config import RetrieverConfig
+from memlong_vllm.evaluation.models import ModelSpec, describe, model_name
 from memlong_vllm.evaluation.perplexity_report import summarise
 from memlong_vllm.evaluation.random_retriever import RandomEmbedder
 from memlong_vllm.evaluation.recall_report import Rate
@@ -64,7 +65,18 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
         open_results(path, SETTINGS | {"last": 16})
     with pytest.raises(EvaluationError, match=r"memlong.digest was '0f', now '2f'"):
         open_results(path, models=MODELS | {"memlong": description(digest="2f")})
-    assert len(open_results(path, SETTINGS | {"last": 16}, overwrite=True).rows) == 0
+
+
+def test_what_is_overwritten_stays_until_there_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    open_results(path).append([row("memlong", "a", 64, 0, 2.5)])
+    before = path.read_text()
+    later = open_results(path, SETTINGS | {"last": 16}, overwrite=True)
+    assert later.rows == []
+    assert path.read_text() == before
+    later.append([row("memlong", "b", 64, 0, 3.5)])
+    content = read_results(path)
+    assert (content["settings"]["last"], [entry["text"] for entry in content["rows"]]) == (16, ["b"])
 
 
 def test_models_can_be_added(tmp_path: Path) -> None:
@@ -132,6 +144,7 @@ def recall_content(tmp_path: Path) -> Path:
                 fields = {"model": model, "kind": "passkey", "length": 64, "depth": depth, "trial": trial}
                 found = None if size is None else size > 0
                 outcome = {"memory_size": size, "correct": trial < 4 * rate, "needle_retrieved": found}
+                outcome |= {"needle_depth": min(depth, 0.4) + trial / 100}
                 results.append([fields | outcome])
     return results.path
 
@@ -140,7 +153,15 @@ def recall_content(tmp_path: Path) -> Path:
     ("make", "expected"),
     [
         (perplexity_content, ["| memlong, memory off |", "| full |  |", "+0.2000 ± 0.0000", "3 texts"]),
-        (recall_content, ["| memlong, memory 512 | 50% [22%, 78%] of 8, 100% retrieved |", "| 0.9 |", "| full | 100%"]),
+        (
+            recall_content,
+            [
+                "| memlong, memory 512 | 50% [22%, 78%] of 8, 100% retrieved |",
+                "| full | 100%",
+                "| 0.9 | 50%",
+                "retrieved, at 0.42 |",
+            ],
+        ),
     ],
 )
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, expected: list[str]) -> None:
@@ -157,7 +178,9 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, 
 
 
 def test_reports_need_rows(tmp_path: Path) -> None:
-    path = open_results(tmp_path / "results.json").path
+    results = open_results(tmp_path / "results.json")
+    results.append([])
+    path = results.path
     with pytest.raises(EvaluationError, match="has no rows"):
         write_report(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"command": "poetry"}))
@@ -166,7 +189,25 @@ def test_reports_need_rows(tmp_path: Path) -> None:
 
 
 def test_a_rate_says_how_sure_it_is() -> None:
-    assert str(Rate(10, 9, None)) == "90% [60%, 98%]"
+    assert str(Rate(10, 9, None, 0.5)) == "90% [60%, 98%]"
+
+
+def test_a_merged_adapter_is_named_not_told(tmp_path: Path) -> None:
+    """A checkpoint's config.json lists all that an adapter was trained on."""
+    training = {"step": 400, "train": [f"text {number}" for number in range(1000)]}
+    block = {"digest": "2f", "training": training, "merged_before": {"digest": "1f", "training": {}}}
+    config = {"max_position_embeddings": 512, "memlong": {}, "memlong_adapter": block}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    described = describe(ModelSpec("memlong", tmp_path, tmp_path, "memlong", 64, config=config))
+    assert described["adapter"] == {"digest": "2f", "step": 400, "merged_before": {"digest": "1f", "step": None}}
+    assert "text 999" not in json.dumps(described)
+    plain = describe(ModelSpec("full", tmp_path, tmp_path, "plain", None, config={"max_position_embeddings": 512}))
+    assert plain["adapter"] is None
+
+
+def test_models_of_the_hub_have_its_name() -> None:
+    assert model_name(Path("checkpoints/tiny")) == "tiny"
+    assert model_name(Path("hub/models--some--tiny-v2/snapshots/0a1b")) == "some/tiny-v2"
 
 
 def test_random_vectors_depend_on_the_text_alone() -> None:

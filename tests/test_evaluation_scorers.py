@@ -11,7 +11,14 @@ import pytest
 
 from memlong_vllm.evaluation.models import ModelSpec, model_specs
 from memlong_vllm.evaluation.opening import open_scorer
-from memlong_vllm.evaluation.scoring import EvaluationError, MemoryUse, Prompt, Scorer, ScorerSettings
+from memlong_vllm.evaluation.scoring import (
+    RANDOM_EMBEDDER,
+    EvaluationError,
+    MemoryUse,
+    Prompt,
+    Scorer,
+    ScorerSettings,
+)
 
 TOLERANCE = 1e-4
 LENGTH = 700
@@ -25,25 +32,27 @@ def specs(model: Path) -> Specs:
 
 
 @pytest.fixture(scope="module")
-def opened(specs: Specs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Scorer]]:
-    """Scorers by label and engine. One engine at a time; references are kept."""
-    running: dict[tuple[str, str], Scorer] = {}
+def opened(specs: Specs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Scorer]]:
+    """Scorers by label, engine and settings. One engine at a time; references are kept."""
+    running: dict[tuple[str, str, str], Scorer] = {}
 
-    def scorer(label: str, engine: str) -> Scorer:
-        if (label, engine) not in running:
+    def scorer(label: str, engine: str, memlong: dict[str, Any] | None = None) -> Scorer:
+        key = label, engine, repr(memlong)
+        if key not in running:
             for other in [key for key in running if key[1] == engine == "vllm"]:
                 running.pop(other).close()
             scratch = tmp_path_factory.mktemp(f"{label}-{engine}")
-            settings = ScorerSettings(engine, "float32", LENGTH + 40, scratch, memory_size=512, piece=96, batch=2)
-            running[label, engine] = open_scorer(specs[label], settings)
-        return running[label, engine]
+            common: dict[str, Any] = {"memory_size": 512, "piece": 96, "batch": 2, "memlong": memlong or {}}
+            settings = ScorerSettings(engine, "float32", LENGTH + 40, scratch, **common)
+            running[key] = open_scorer(specs[label], settings)
+        return running[key]
 
     yield scorer
     for held in running.values():
         held.close()
 
 
-def both(opened: Callable[[str, str], Scorer], label: str) -> tuple[Scorer, Scorer]:
+def both(opened: Callable[..., Scorer], label: str) -> tuple[Scorer, Scorer]:
     return opened(label, "vllm"), opened(label, "reference")
 
 
@@ -104,6 +113,20 @@ def test_random_retrieval(opened: Any, tokens: list[int]) -> None:
     by_text = opened("memlong", "vllm").continuations(asked, 4)
     assert [len(answer.retrieved or ()) for answer in measured] == [len(answer.retrieved or ()) for answer in by_text]
     assert [answer.retrieved for answer in measured] != [answer.retrieved for answer in by_text]
+
+
+def test_settings_of_a_deployment(opened: Any, tokens: list[int]) -> None:
+    """Engine and reference take the same ones in place of the checkpoint's."""
+    served = {"top_k": 1, "local_window": 96, "retriever_path": RANDOM_EMBEDDER}
+    asked = prompts(tokens, MemoryUse(512), MemoryUse(512))
+    (plain,) = opened("memlong", "reference").logprobs(asked[:1])
+    engine, reference = (opened("memlong", name, served) for name in ("vllm", "reference"))
+    answers = reference.continuations(asked, 4)
+    assert engine.continuations(asked, 4) == answers
+    assert [len(answer.retrieved or ()) for answer in answers] == [1, 1]
+    (measured,), (expected,) = engine.logprobs(asked[:1]), reference.logprobs(asked[:1])
+    assert np.abs(measured - expected).max() <= TOLERANCE
+    assert np.abs(expected - plain).max() > 0.01
 
 
 @pytest.mark.parametrize("label", ["full", "window"])

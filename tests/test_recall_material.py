@@ -50,7 +50,6 @@ def test_the_needle_is_where_it_should_be(kind: str, depth: float, seed: int) ->
     text = decode(prompt.token_ids[start:end])
     assert prompt.expected in text
     assert re.fullmatch(r"[1-9]\d{4}", prompt.expected)
-    assert prompt.answer == f" {prompt.expected}"
     # Before it: at most what depth asks for, less the search for a break, and other needles.
     asked = depth * (LENGTH - len(text))
     assert asked - 400 <= start <= asked + 400
@@ -91,11 +90,10 @@ def test_the_prose_is_whole() -> None:
     assert rest in SENTENCE * 200
 
 
-def test_seeds_and_depths() -> None:
+def test_seeds() -> None:
     assert make(PASSKEY, 1) == make(PASSKEY, 1)
     assert make(PASSKEY, 1) != make(PASSKEY, 2)
-    # The same key and prose at every depth.
-    assert make(PASSKEY, 1, 0.1).expected == make(PASSKEY, 1, 0.9).expected
+    assert make(PASSKEY, 1).expected != make(PASSKEY, 2).expected
 
 
 def test_without_breaks_the_place_is_exact() -> None:

@@ -7,10 +7,11 @@ import importlib
 import sys
 from pathlib import Path
 
+from memlong_vllm.cli.model_argument import ModelArgumentError
 from memlong_vllm.config import MemoryConfigError
-from memlong_vllm.demo_model import DemoModelError
 from memlong_vllm.evaluation.reports import write_report
 from memlong_vllm.evaluation.scoring import EvaluationError
+from memlong_vllm.retriever.embedder import RetrieverLoadError
 
 COMMANDS = {
     "perplexity": "of the end of long texts, against how much of them came before",
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         is_render = arguments.evaluation == "render"
         path = arguments.results if is_render else arguments.evaluate(arguments).path
         written = write_report(path)
-    except (EvaluationError, DemoModelError, MemoryConfigError) as error:
+    except (EvaluationError, ModelArgumentError, MemoryConfigError, RetrieverLoadError) as error:
         print(f"memlong-vllm evaluate {arguments.evaluation}: {error}", file=sys.stderr)
         return 2
     print("written:", *([] if is_render else [path]), *written)

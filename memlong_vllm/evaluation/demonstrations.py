@@ -32,7 +32,8 @@ def draw_demonstrations(
     Raises:
         EvaluationError: if the pool has too few of a label.
     """
-    draw = random.Random(seed)
+    # Named: as numbers, -n and n are one seed.
+    draw = random.Random(f"{seed} examples")
     prompts: list[list[Example]] = []
     memories: list[list[Example]] = []
     for label in range(num_labels):
@@ -47,7 +48,10 @@ def draw_demonstrations(
             )
         prompts.append(examples[:middle])
         memories.append(examples[middle:])
-    return _balanced(prompts, in_prompt, random.Random(seed)), _balanced(memories, in_memory, random.Random(-seed - 1))
+    return (
+        _balanced(prompts, in_prompt, random.Random(f"{seed} prompt")),
+        _balanced(memories, in_memory, random.Random(f"{seed} memory")),
+    )
 
 
 def _balanced(by_label: Sequence[Sequence[Example]], num: int, draw: random.Random) -> list[Example]:

@@ -165,6 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> ResultsFile:
     """Raises:
     EvaluationError: naming an option.
+    RetrieverLoadError: with ``--beside rag``, if there is no such retriever.
     """
     if arguments.memory_sizes is not None:
         raise EvaluationError("--memory-sizes: here it is --memory-shots that says what is in memory")
@@ -172,10 +173,10 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
     main = specs[0]
     wording = wording_of(arguments)
     plan = plan_of(arguments, wording)
-    memory, _ = resolve(MemLongConfig.from_pretrained(main.path), {"memlong": arguments.memlong})
+    memory, deployment = resolve(MemLongConfig.from_pretrained(main.path), {"memlong": arguments.memlong})
     retriever = None
     if RAG in plan.beside and plan.memory_shots:
-        embedder = load_embedder(memory.retriever, str(main.path), "cpu")
+        embedder = load_embedder(memory.retriever, str(main.path), deployment.retriever_device)
         retriever = SentenceRetriever(embedder, memory.retriever.query_instruction)
     # Complete chunks for every model.
     chunk_size = math.lcm(*(spec.config["memlong"]["chunk_size"] for spec in specs if spec.kind == "memlong"))

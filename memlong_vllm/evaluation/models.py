@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from memlong_vllm.config import MemLongConfig
+from memlong_vllm.config import MemLongConfig, resolve
 from memlong_vllm.evaluation.scoring import EvaluationError
 
 Kind = Literal["memlong", "plain"]
@@ -30,7 +30,7 @@ class ModelSpec:
         kind: ``"memlong"``, or ``"plain"`` for a Llama model without memory.
         window: tokens that a token attends to in every layer, or None for all.
         random_retrieval: chunks are chosen by chance.
-        config: contents of ``config.json``.
+        config: contents of ``config.json``; the ``memlong`` block as it is served (:func:`deployed`).
         group: of a variant (:mod:`memlong_vllm.evaluation.variants`), what it is one of.
         changes: fields of the ``memlong`` block that ``config`` has otherwise than ``path`` does.
     """
@@ -69,21 +69,27 @@ def model_specs(
     baselines: Sequence[str] = (),
     backbone: Path | None = None,
     random_retrieval: bool = False,
+    memlong: Mapping[str, Any] | None = None,
 ) -> list[ModelSpec]:
     """The models that options name. Baselines are made when they are loaded (:mod:`memlong_vllm.evaluation.opening`).
 
+    Args:
+        memlong: entries for ``additional_config["memlong"]``.
+
     Raises:
         EvaluationError: if a folder is not what its option asks for.
+        MemoryConfigError: if a setting is not valid.
     """
     config = read_config(model, "--model")
     if "memlong" not in config:
         raise EvaluationError(f"--model {model} is no MemLong checkpoint: make one with memlong-vllm convert")
     main = ModelSpec(MEMLONG, model, model, "memlong", config["memlong"]["local_window"], config=config)
+    main = deployed(main, memlong)
     specs = [main]
     if control is not None:
         config = read_config(control, "--control")
         kind: Kind = "memlong" if "memlong" in config else "plain"
-        specs.append(ModelSpec(CONTROL, control, control, kind, main.window, config=config))
+        specs.append(deployed(ModelSpec(CONTROL, control, control, kind, main.window, config=config), memlong))
     if random_retrieval:
         specs.append(ModelSpec(RANDOM, main.path, main.source, "memlong", main.window, True, main.config))
     source = backbone or model
@@ -94,6 +100,19 @@ def model_specs(
     for spec in specs[1:]:
         check_same_tokens(main, spec)
     return specs
+
+
+def deployed(spec: ModelSpec, memlong: Mapping[str, Any] | None) -> ModelSpec:
+    """The model with the settings it is served with: some entries of ``additional_config["memlong"]``
+    take the place of the checkpoint's.
+
+    Raises:
+        MemoryConfigError: if a setting is not valid.
+    """
+    if spec.kind != "memlong" or not memlong:
+        return spec
+    memory, _ = resolve(MemLongConfig.from_dict(dict(spec.config)), {"memlong": dict(memlong)})
+    return replace(spec, window=memory.local_window, config=spec.config | {"memlong": memory.to_dict()})
 
 
 def read_config(path: Path, option: str) -> dict[str, Any]:
@@ -131,9 +150,8 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
     """What identifies a model in a results file: settings, origin and a digest of its weights."""
     block = spec.config.get("memlong")
     trained = spec.config.get("backbone_max_position_embeddings") or spec.reach
-    provenance = {name: value for name, value in spec.config.items() if "adapter" in name}
     return {
-        "name": spec.source.name,
+        "name": model_name(spec.source),
         "path": str(spec.source),
         "attention": "memory" if spec.kind == "memlong" else "full" if spec.window is None else "window",
         "random_retrieval": spec.random_retrieval,
@@ -142,9 +160,26 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         "local_window": spec.window,
         "trained_length": trained,
         "memlong": block if spec.kind == "memlong" else None,
-        "adapter": provenance or None,
+        "adapter": merged_adapter(spec.config.get("memlong_adapter")),
         "digest": checkpoint_digest(spec.source),
     }
+
+
+def model_name(folder: Path) -> str:
+    """The folder's name; for a model in the hub's cache, whose folder is called by its revision, the hub's."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def merged_adapter(block: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Which adapter is in a checkpoint, and after how many steps of training. All else that
+    ``config.json`` says of it, every training text among it, can be looked up by the digest."""
+    if block is None:
+        return None
+    before = merged_adapter(block.get("merged_before"))
+    named = {"digest": block["digest"], "step": block["training"].get("step")}
+    return named if before is None else named | {"merged_before": before}
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,9 @@ class Recall:
 
     Attributes:
         texts, proses: what prompts are made of; trials take turns with them.
-        depths: where needles are put, as fractions of the prose.
-        trials: prompts of every kind, length and depth. A trial's key and prose do not depend on
-            the depth.
+        depths: where needles are put, as fractions of the prose, ascending.
+        trials: prompts of every kind, length and depth. Each has a key and a stretch of prose of
+            its own, so that rows are independent of each other, as the intervals suppose.
         min_distance: tokens between needle and prompt's end at least.
     """
 
@@ -78,14 +79,25 @@ class Recall:
     def settings(self) -> dict[str, Any]:
         names = ("kinds", "lengths", "depths", "trials", "num_keys", "min_distance", "seed")
         return {name: getattr(self, name) for name in names} | {
-            "texts": {text.name: text.digest for text in self.texts}
+            "depths_measured": {str(length): self.depths_at(length) for length in self.lengths},
+            "texts": {text.name: text.digest for text in self.texts},
         }
+
+    def deepest(self, length: int) -> float:
+        """About the depth that no needle can be beyond, because it is :attr:`min_distance` before the end."""
+        return 1 - self.min_distance / length
+
+    def depths_at(self, length: int) -> list[float]:
+        """The depths that are measured at a length. Needles of all depths beyond :meth:`deepest` are
+        moved back to the same place, so the first of these depths stands for all."""
+        within = [depth for depth in self.depths if depth <= self.deepest(length)]
+        return self.depths[: len(within) + 1]
 
     def prompt(self, kind: str, length: int, depth: float, trial: int) -> RecallPrompt:
         """Raises:
         EvaluationError: if there is no such prompt.
         """
-        draw = random.Random(f"{self.seed} {kind} {length} {trial}")
+        draw = random.Random(f"{self.seed} {kind} {length} {depth} {trial}")
         prose = self.proses[trial % len(self.proses)]
         try:
             return recall_prompt(kind, self.encode, prose, length, depth, draw, self.min_distance, self.num_keys)
@@ -102,7 +114,7 @@ class Recall:
         for kind in self.kinds:
             for length in self.lengths:
                 for trial in range(self.trials):
-                    for depth in self.depths:
+                    for depth in self.depths_at(length):
                         found = self.prompt(kind, length, depth, trial)
                         row = {"model": spec.label, "kind": kind, "length": length, "depth": depth, "trial": trial}
                         for size in spec.memory_sizes(self.sizes):
@@ -130,13 +142,14 @@ class Recall:
             "answer": text,
             "correct": digits is not None and digits.group() == asked.expected,
             "needle": [start, end],
+            "needle_depth": round(asked.depth, 4),
             "needle_retrieved": is_retrieved,
         }
 
     def line(self, row: Row) -> str:
         memory = "" if row["memory_size"] is None else f" memory {row['memory_size']}"
         found = {None: "", True: ", retrieved", False: ", not retrieved"}[row["needle_retrieved"]]
-        where = f"{row['kind']} {row['length']} tokens, depth {row['depth']}"
+        where = f"{row['kind']} {row['length']} tokens, depth {row['needle_depth']:.2f}"
         verdict = "right" if row["correct"] else "wrong"
         return f"{row['model']}{memory} {where}: {row['expected']} <- {row['answer']!r} {verdict}{found}"
 
@@ -157,11 +170,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=comma_separated, required=True, metavar="N,…", help="tokens of prompts")
     parser.add_argument(
         "--depths", type=fractions, default=[0.1, 0.5, 0.9], metavar="F,…",
-        help="where needles are put, 0 to 1 (default: 0.1,0.5,0.9)",
+        help="where needles are put, 0 to 1 (default: 0.1,0.5,0.9); rows and tables say where they came to stand",
     )  # fmt: skip
     parser.add_argument(
-        "--trials", type=positive, default=10, metavar="N", help="prompts of each kind, length and depth (default: 10)"
-    )
+        "--trials", type=positive, default=10, metavar="N",
+        help="prompts of each kind, length and depth, every one with a key and prose of its own (default: 10)",
+    )  # fmt: skip
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: both)")
     parser.add_argument(
         "--keys", type=positive, default=NUM_KEYS, metavar="N", help=f"house numbers in a prompt (default: {NUM_KEYS})"
@@ -169,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-window", action="store_true",
         help="leave needles where their depth puts them, also inside the local window; by default they are moved "
-        "back until they and their chunks are outside",
+        "back until they and their chunks are outside, and depths that are one place then are measured once",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of keys and places (default: 0)")
     add_run_arguments(parser)
@@ -202,4 +216,17 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
         min_distance=0 if arguments.allow_window else block["local_window"] + block["chunk_size"],
         seed=arguments.seed,
     )
+    say_what_is_left_out(task)
     return run_task(task, arguments, specs, sizes)
+
+
+def say_what_is_left_out(task: Recall) -> None:
+    """Which depths are not measured, because others are the same place."""
+    for length in task.lengths:
+        measured = task.depths_at(length)
+        if left_out := task.depths[len(measured) :]:
+            print(
+                f"SKIPPED: {length} tokens, depth {', '.join(map(str, left_out))}: outside the local window that is "
+                f"the same place as depth {measured[-1]}, about {max(0, task.deepest(length)):.2f} of the prompt",
+                file=sys.stderr,
+            )

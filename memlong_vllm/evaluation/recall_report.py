@@ -8,7 +8,7 @@ from typing import Any
 
 from memlong_vllm.evaluation.reports import Line, line_name, line_style, lines_of, main_line, markdown_table
 from memlong_vllm.evaluation.results import Row
-from memlong_vllm.evaluation.statistics import wilson_interval
+from memlong_vllm.evaluation.statistics import mean, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Rate:
     Attributes:
         num_retrieved: prompts whose needle was among the chunks that the first answer token attended
             to; None for models without memory.
+        depth: where needles started, as a fraction of the prompt: the mean.
     """
 
     num: int
     num_right: int
     num_retrieved: int | None
+    depth: float
 
     @property
     def rate(self) -> float:
@@ -44,7 +46,8 @@ def rate_of(rows: Sequence[Row]) -> Rate | None:
         return None
     found = [row["needle_retrieved"] for row in rows]
     retrieved = None if None in found else sum(found)
-    return Rate(len(rows), sum(row["correct"] for row in rows), retrieved)
+    depth = mean([row["needle_depth"] for row in rows])
+    return Rate(len(rows), sum(row["correct"] for row in rows), retrieved, depth)
 
 
 def select(rows: Sequence[Row], line: Line, **fields: Any) -> list[Row]:
@@ -58,7 +61,8 @@ def distinct(rows: Sequence[Row], name: str) -> list[Any]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Markdown: by kind and length, over all depths; and the main model with its memory by depth."""
+    """Markdown: by kind and length, over all depths; and the main model with its memory by depth
+    asked for, with the depth that it came to be."""
     rows = content["rows"]
     lines = lines_of(rows, list(content["models"]))
     lengths = distinct(rows, "length")
@@ -71,11 +75,11 @@ def table(content: dict[str, Any]) -> str:
         ]
         parts.append(markdown_table(["", *(f"{length:,}" for length in lengths)], body))
         main = main_line(content)
-        parts.append(f"{kind}: {line_name(main)}, by depth\n")
-        body = [
-            [f"{depth:g}", *(_cell(rate_of(select(rows, main, kind=kind, length=n, depth=depth))) for n in lengths)]
-            for depth in distinct(rows, "depth")
-        ]
+        parts.append(f"{kind}: {line_name(main)}, by the depth asked for ('at': where needles came to stand, a mean)\n")
+        body = []
+        for depth in distinct(rows, "depth"):
+            rates = [rate_of(select(rows, main, kind=kind, length=n, depth=depth)) for n in lengths]
+            body.append([f"{depth:g}", *(_cell(rate) + (f", at {rate.depth:.2f}" if rate else "") for rate in rates)])
         parts.append(markdown_table(["depth", *(f"{length:,}" for length in lengths)], body))
     return "\n".join(parts)
 
@@ -131,9 +135,10 @@ def _draw_depths(axes: Any, rows: Sequence[Row], line: Line) -> None:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.set_xlabel("tokens of the prompt")
-    axes.set_ylabel("depth of the needle")
+    axes.set_ylabel("depth asked for")
     for y, row in enumerate(rates):
         for x, rate in enumerate(row):
             if rate is not None:
                 colour = "white" if rate.rate > 0.6 else "black"
-                axes.text(x, y, f"{rate.num_right}/{rate.num}", ha="center", va="center", color=colour)
+                said = f"{rate.num_right}/{rate.num}\nat {rate.depth:.2f}"
+                axes.text(x, y, said, ha="center", va="center", color=colour, fontsize="small")

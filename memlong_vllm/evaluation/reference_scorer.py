@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from memlong_vllm.config import MemoryConfig
+from memlong_vllm.config import MemLongConfig, resolve
 from memlong_vllm.evaluation.models import ModelSpec
 from memlong_vllm.evaluation.scoring import RANDOM_EMBEDDER, EvaluationError, MemoryUse, ScorerSettings
 from memlong_vllm.evaluation.torch_scorer import TorchScorer
@@ -18,11 +18,17 @@ from memlong_vllm.retriever.embedder import load_embedder
 
 
 class ReferenceScorer(TorchScorer):
-    """A :class:`~memlong_vllm.evaluation.scoring.Scorer` with the model that the engine is tested against."""
+    """A :class:`~memlong_vllm.evaluation.scoring.Scorer` with the model that the engine is tested against.
+
+    Raises:
+        EvaluationError: if the checkpoint's parameters are not those of the settings.
+        RetrieverLoadError: if there is no such retriever.
+    """
 
     def __init__(self, spec: ModelSpec, settings: ScorerSettings) -> None:
+        checkpoint = MemLongConfig.from_pretrained(spec.path)
+        self._config, deployment = resolve(checkpoint, {"memlong": settings.memlong})
         super().__init__(spec, settings)
-        self._config: MemoryConfig = self._model.config.memory
         # Whole segments a piece: with query_scope "current", one that is cut would be queried with
         # the text before it.
         stride = self._config.retrieval_stride
@@ -30,12 +36,23 @@ class ReferenceScorer(TorchScorer):
         retriever = self._config.retriever
         if spec.random_retrieval:
             retriever = replace(retriever, model=RANDOM_EMBEDDER)
-        embedder = load_embedder(retriever, str(spec.path), "cpu")
+        embedder = load_embedder(retriever, str(spec.path), deployment.retriever_device)
         self._embed = text_embedder(self.tokenizer, embedder.embed, retriever.query_instruction)
         self._named: dict[str, NamedMemory] = {}
 
     def _load(self, spec: ModelSpec, dtype: torch.dtype) -> Any:
-        return MemLongForCausalLM.from_pretrained(spec.path, dtype=dtype)
+        config = MemLongConfig.from_pretrained(spec.path)
+        config.memlong = self._config.to_dict()
+        model, report = MemLongForCausalLM.from_pretrained(
+            spec.path, config=config, dtype=dtype, output_loading_info=True
+        )
+        found = {*report["missing_keys"], *report["unexpected_keys"]}
+        if other := sorted(name for name in found if ".memory_" in name):
+            raise EvaluationError(
+                f"'{spec.label}' ({spec.source}) has other memory parameters than --memlong asks for ({other[0]}, …): "
+                "it was not made for these retrieval_layers and fusion settings"
+            )
+        return model
 
     def _start(self, memory: MemoryUse, prompt_len: int | None) -> MemLongCache:
         size = self._config.memory_size if memory.size is None else memory.size

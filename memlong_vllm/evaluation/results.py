@@ -37,10 +37,12 @@ class ResultsFile:
     """``{"command", "settings", "versions", "model", "models", "rows"}`` as JSON.
 
     ``model`` describes the main model; ``models``, each one by the label that rows name it by. A
-    run with the same settings adds the rows that are missing, and may add models.
+    run with the same settings adds the rows that are missing, and may add models. The file is first
+    written with the first rows, so that a run that fails before leaves what was there.
 
     Args:
         key: fields that tell a row from every other.
+        overwrite: what is in the file is not read, and gone with the first rows.
 
     Raises:
         EvaluationError: if the file is of another run, unless ``overwrite``; saying what differs.
@@ -66,7 +68,6 @@ class ResultsFile:
         self._keys = {self._key_of(row) for row in self.rows}
         # As they stand in the file: there can be tens of thousands, and every batch is saved.
         self._lines = [json.dumps(row) for row in self.rows]
-        self._write()
 
     @property
     def rows(self) -> list[Row]:

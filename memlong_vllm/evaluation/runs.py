@@ -7,18 +7,22 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from memlong_vllm.demo_model import demo_checkpoint
-from memlong_vllm.evaluation.models import BASELINES, ModelSpec, describe, model_specs
+from memlong_vllm.cli.model_argument import resolve_model
+from memlong_vllm.config import DeploymentConfig
+from memlong_vllm.evaluation.models import BASELINES, ModelSpec, deployed, describe, model_specs
 from memlong_vllm.evaluation.opening import open_scorer
 from memlong_vllm.evaluation.results import ResultsFile, Row
 from memlong_vllm.evaluation.scoring import EvaluationError, Prompt, Scorer, ScorerSettings
 from memlong_vllm.evaluation.variants import add_variant_arguments, check_memory_size, variant_specs
+
+# Of the deployment's settings, those that mean something without an engine.
+FOR_THE_REFERENCE = ("retriever_path", "retriever_device")
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,24 @@ def positive(text: str) -> int:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every evaluation has."""
+    _add_model_arguments(parser)
+    add_variant_arguments(parser)
+    _add_memory_arguments(parser)
+    _add_running_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, required=True, metavar="JSON", help="results; the same command again completes them"
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="discard what is in --output, once there is something to put there"
+    )
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
-    models.add_argument("--model", required=True, metavar="DIR", help="MemLong checkpoint, or 'demo'")
+    models.add_argument(
+        "--model", required=True, help="MemLong checkpoint: a folder, a hub name that was downloaded before, or 'demo'"
+    )
     models.add_argument(
         "--control", type=Path, metavar="DIR", help="the same training without memory; run with memory off"
     )
@@ -118,13 +138,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--random-retrieval", action="store_true", help="also run the model with as many chunks chosen by chance"
     )
-    add_variant_arguments(parser)
+
+
+def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--memory-sizes", type=comma_separated, metavar="N,…",
         help="tokens a sequence remembers; 0: memory off (default: 0 and the checkpoint's)",
     )  # fmt: skip
     memory.add_argument("--top-k", type=positive, metavar="N", help="chunks a retrieval takes (default: checkpoint's)")
+
+
+def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--engine", choices=("vllm", "reference"), default="vllm")
     running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -136,27 +161,42 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     running.add_argument(
         "--memlong", type=json_object, default={}, metavar="JSON",
-        help='more of additional_config["memlong"], for example \'{"bank_gib": 16}\' (vLLM only)',
+        help='more of additional_config["memlong"], for example \'{"bank_gib": 16}\'; with --engine reference what is '
+        f"no matter of an engine: {', '.join(FOR_THE_REFERENCE)} and the checkpoint's settings",
     )  # fmt: skip
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", type=Path, required=True, metavar="JSON", help="results; the same command again completes them"
-    )
-    output.add_argument("--overwrite", action="store_true", help="discard what is in --output")
 
 
 def specs_of(arguments: argparse.Namespace) -> list[ModelSpec]:
     """The models that the options name.
 
     Raises:
-        EvaluationError, DemoModelError: naming the option.
+        EvaluationError, ModelArgumentError, MemoryConfigError: naming the option or setting.
     """
-    model = demo_checkpoint() if arguments.model == "demo" else Path(arguments.model)
-    specs = model_specs(model, arguments.control, arguments.baselines, arguments.backbone, arguments.random_retrieval)
+    check_memlong(arguments.engine, arguments.memlong)
+    specs = model_specs(
+        resolve_model(arguments.model),
+        arguments.control,
+        arguments.baselines,
+        arguments.backbone,
+        arguments.random_retrieval,
+        arguments.memlong,
+    )
     for varied in arguments.vary:
         if varied.key in arguments.memlong or (varied.key == "top_k" and arguments.top_k is not None):
             raise EvaluationError(f"--vary {varied.key} and another option that sets it for all models: drop either")
-    return specs + variant_specs(specs[0], arguments.vary, arguments.variant, [spec.label for spec in specs])
+    variants = variant_specs(specs[0], arguments.vary, arguments.variant, [spec.label for spec in specs])
+    return specs + [deployed(spec, arguments.memlong) for spec in variants]
+
+
+def check_memlong(engine: str, memlong: dict[str, Any]) -> None:
+    """Raises:
+    EvaluationError: if ``--memlong`` has what the reference cannot apply.
+    """
+    of_engines = {field.name for field in fields(DeploymentConfig)} - set(FOR_THE_REFERENCE)
+    if engine == "reference" and (refused := sorted(of_engines & memlong.keys())):
+        raise EvaluationError(
+            f"--memlong {', '.join(refused)}: a matter of the engine, and --engine reference has none: leave it out"
+        )
 
 
 def memory_sizes_of(arguments: argparse.Namespace, main: ModelSpec) -> list[int]:
@@ -177,8 +217,8 @@ def run_task(
     """Measure what is missing in ``--output``.
 
     Raises:
-        EvaluationError: before anything is computed, if a sequence is too long for a model or the
-            file is of another run.
+        EvaluationError: before anything is computed or written, if a sequence is too long for a
+            model, there is no such sequence, or the file is of another run.
     """
     for spec in specs:
         check_reach(spec, task.max_length, arguments.max_model_len)
@@ -186,6 +226,7 @@ def run_task(
     settings = task.settings() | {"engine": arguments.engine, "dtype": arguments.dtype, "memlong": arguments.memlong}
     settings |= {"memory_sizes": list(sizes), "top_k": arguments.top_k}
     descriptions = {spec.label: describe(spec) for spec in specs}
+    items = [task.items(spec) for spec in specs]
     results = ResultsFile(arguments.output, task.command, settings, descriptions, task.key, arguments.overwrite)
     with tempfile.TemporaryDirectory(prefix="memlong-evaluate-") as folder:
         how = ScorerSettings(
@@ -200,8 +241,8 @@ def run_task(
             piece=arguments.piece,
             memlong=arguments.memlong,
         )
-        for spec in specs:
-            _run_model(task, spec, how, results)
+        for spec, of_model in zip(specs, items, strict=True):
+            _run_model(task, spec, of_model, how, results)
     return results
 
 
@@ -217,8 +258,7 @@ def check_reach(spec: ModelSpec, length: int, allowed: int | None) -> None:
         )
 
 
-def _run_model(task: Task, spec: ModelSpec, how: ScorerSettings, results: ResultsFile) -> None:
-    items = task.items(spec)
+def _run_model(task: Task, spec: ModelSpec, items: Sequence[Item], how: ScorerSettings, results: ResultsFile) -> None:
     missing = [item for item in items if not results.has(item.row)]
     if len(missing) < len(items):
         print(f"{spec.label}: {len(items) - len(missing)} of {len(items)} rows are in {results.path} already")

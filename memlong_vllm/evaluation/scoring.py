@@ -122,7 +122,7 @@ class ScorerSettings:
         batch: prompts computed at once (vLLM only).
         piece: tokens computed in one pass. Logits are made for all of them, and the reference's
             masks take ``piece`` x (``piece`` + window) numbers a head.
-        memlong: entries for ``additional_config["memlong"]`` (vLLM only).
+        memlong: entries for ``additional_config["memlong"]``.
         scratch: folder for traces and made checkpoints.
     """
 

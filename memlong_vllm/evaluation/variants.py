@@ -13,12 +13,18 @@ from memlong_vllm.cli.convert import TRAINED_WITH
 from memlong_vllm.config import MemoryConfig, MemoryConfigError
 from memlong_vllm.evaluation.models import ModelSpec, check_same_tokens, read_config
 from memlong_vllm.evaluation.scoring import EvaluationError
+from memlong_vllm.evaluation.varied_checkpoint import layers_with_trained_gates
 
 CHECKPOINT = "checkpoint"
 LAYERS = "retrieval_layers"
 NUMBERS = ("top_k", "chunk_size", "local_window", "retrieval_stride", "query_tokens", "memory_layer")
 CHOICES = ("query_scope", "fusion", "memory_softmax")
 KEYS = (*NUMBERS, *CHOICES, LAYERS)
+# What gates that were never trained do, by fusion. The joint softmax has none.
+ZERO_GATES = {
+    "gated": "let no memory through",
+    "scaled_logits": "halve all scores, the local window's as well",
+}
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -108,14 +114,27 @@ def _with_setting(main: ModelSpec, key: str, text: str) -> ModelSpec | None:
         memory = memory_config(spec)
     except MemoryConfigError as error:
         raise EvaluationError(f"--vary {spec.label}: {error}") from error
-    new = set(memory.retrieval_layers) - set(own[LAYERS])
-    if new and memory.fusion == "gated":
-        # A fresh gate is closed: such a variant would be the checkpoint itself.
-        raise EvaluationError(
-            f"--vary {spec.label}: the checkpoint has no trained gates in layers {sorted(new)}, and fresh ones let no "
-            "memory through: train a checkpoint with these layers and name it with --variant"
-        )
+    _check_gates(spec, memory, set(own[LAYERS]))
     return replace(spec, window=memory.local_window)
+
+
+def _check_gates(spec: ModelSpec, memory: MemoryConfig, own_layers: set[int]) -> None:
+    """A variant without trained gates says nothing about its setting: gated, it is a model without memory.
+
+    Raises:
+        EvaluationError: if ``spec`` needs gates that the checkpoint has not trained: in layers that
+            do not retrieve there, or in all because it was trained with a fusion that has none.
+    """
+    if memory.fusion not in ZERO_GATES:
+        return
+    untrained = set(memory.retrieval_layers) - own_layers
+    if spec.group == "fusion" and not layers_with_trained_gates(spec.source):
+        untrained = set(memory.retrieval_layers)
+    if untrained:
+        raise EvaluationError(
+            f"--vary {spec.label}: the checkpoint has no trained gates in layers {sorted(untrained)}, and zero ones "
+            f"{ZERO_GATES[memory.fusion]}: train a checkpoint with this setting and name it with --variant"
+        )
 
 
 def _value(key: str, text: str) -> Any:

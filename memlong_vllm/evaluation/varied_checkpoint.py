@@ -46,6 +46,18 @@ def varied_checkpoint(checkpoint: Path, output: Path, config: dict[str, Any]) ->
     return output
 
 
+def layers_with_trained_gates(checkpoint: Path) -> set[int]:
+    """The layers of a MemLong checkpoint whose ``memory_gate`` is not zero, as conversion leaves it."""
+    trained = set()
+    for name, file in _places(checkpoint).items():
+        match = MEMORY_PARAMETER.fullmatch(name)
+        if match is None or match[2] != "memory_gate":
+            continue
+        with safe_open(checkpoint / file, framework="pt") as tensors:
+            trained |= {int(match[1])} if tensors.get_tensor(name).any() else set()
+    return trained
+
+
 def _write_for_layers(checkpoint: Path, output: Path, layers: Iterable[int]) -> set[str]:
     """Write the weights that change, and the index if there is one. Returns the files' names."""
     places = _places(checkpoint)

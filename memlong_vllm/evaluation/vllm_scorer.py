@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from memlong_vllm.config import MemLongConfig
+from memlong_vllm.config import MemLongConfig, resolve
 from memlong_vllm.evaluation.models import ModelSpec, end_ids_of
 from memlong_vllm.evaluation.scoring import RANDOM_EMBEDDER, Continuation, EvaluationError, Prompt, ScorerSettings
 from memlong_vllm.memories.errors import MemoryLibraryError
@@ -69,7 +69,7 @@ class VllmScorer:
         return options
 
     def _memlong(self, spec: ModelSpec, settings: ScorerSettings) -> dict[str, Any]:
-        memory = MemLongConfig.from_pretrained(spec.path).memory
+        memory, _ = resolve(MemLongConfig.from_pretrained(spec.path), {"memlong": settings.memlong})
         entry = dict(settings.memlong) | {"trace_file": str(self._trace)}
         entry |= {"max_memory_size": max(settings.memory_size or 0, memory.memory_size)}
         entry |= {"max_top_k": max(settings.top_k or 0, memory.top_k)}
