@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from engine_process import write_result
+from result_file import write_result
 
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.memory_attention import attend

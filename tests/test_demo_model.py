@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,39 +10,38 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from memlong_vllm.adapters import Adapter, LoraSettings, backbone_identity, save_adapter
 from memlong_vllm.cli.convert import load_base
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.demo.prompts import NOVEL_QUESTIONS
-from memlong_vllm.demo_model import BACKBONE, DemoModelError, build, demo_checkpoint, locate, recipe_digest
+from memlong_vllm.demo_model import (
+    BACKBONE,
+    DemoModelError,
+    build,
+    demo_checkpoint,
+    locate,
+    recipe_digest,
+    shipped_adapter,
+)
 from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_parity
 
 
 @pytest.fixture(scope="module")
-def gated_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint with random gates instead of zero ones."""
-    source, path = demo_checkpoint(), tmp_path_factory.mktemp("gated")
-    for file in source.iterdir():
-        if file.name != "model.safetensors":
-            (path / file.name).symlink_to(file)
-    weights = load_file(source / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name in sorted(weights):
-        if name.endswith(".memory_gate"):
-            weights[name] = torch.randn(weights[name].shape, generator=generator) * 0.3
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+def demo() -> Path:
+    """The checkpoint with the adapter that the package ships."""
+    assert shipped_adapter() is not None
+    return demo_checkpoint()
 
 
-def test_parity(start_engine: Any, gated_demo: Path) -> None:
-    engine: Engine = start_engine(gated_demo, max_model_len=4096, max_num_batched_tokens=600, max_num_seqs=4,
+def test_parity(start_engine: Any, demo: Path) -> None:
+    engine: Engine = start_engine(demo, max_model_len=4096, max_num_batched_tokens=600, max_num_seqs=4,
                                   kv_cache_memory_bytes=512 << 20, memlong={"bank_gib": 0.5})  # fmt: skip
     tokens = engine.llm.get_tokenizer()(novel()[5000:30000])["input_ids"]
     outputs = engine.generate([tokens[:1700], tokens[2000:3290]], max_tokens=12)
-    reference = Reference(gated_demo)
+    reference = Reference(demo)
     for output in outputs:
         assert_parity(output, reference, 1e-3)
     engine.assert_empty()
@@ -54,12 +54,12 @@ def prompt_end_sets(engine: Engine) -> list[list[int]]:
 
 @pytest.mark.parametrize(("document_len", "num_questions"), [(2590, 2), pytest.param(8000, 3, marks=pytest.mark.slow)])
 def test_a_later_question_on_a_shared_document(
-    start_engine: Any, gated_demo: Path, document_len: int, num_questions: int
+    start_engine: Any, demo: Path, document_len: int, num_questions: int
 ) -> None:
     """Served from the prefix cache, its answer is that of an engine that computes the whole prompt."""
     options = {"max_model_len": document_len + 100, "max_num_batched_tokens": 2048, "max_num_seqs": 1,
                "kv_cache_memory_bytes": 512 << 20, "memlong": {"bank_gib": 0.5}}  # fmt: skip
-    engine: Engine = start_engine(gated_demo, **options)
+    engine: Engine = start_engine(demo, **options)
     tokenizer = engine.llm.get_tokenizer()
     document = tokenizer(novel()[5000:60000])["input_ids"][:document_len]
     prompts = [document + tokenizer(f"\n\nQuestion: {text}\nAnswer:")["input_ids"] for text in NOVEL_QUESTIONS]
@@ -72,7 +72,7 @@ def test_a_later_question_on_a_shared_document(
     outputs = ask_one_by_one(engine, prompts)[1:]
     engine.assert_empty()
     sets = prompt_end_sets(engine)[1:]
-    engine = start_engine(gated_demo, enable_prefix_caching=False, **options)
+    engine = start_engine(demo, enable_prefix_caching=False, **options)
     cold_outputs = ask_one_by_one(engine, prompts[1:])
     assert sets == prompt_end_sets(engine)
     assert all(len(chunk_ids) == 8 for chunk_ids in sets)
@@ -91,7 +91,7 @@ def make_adapter(checkpoint: Path, **changes: Any) -> Adapter:
     config, weights = MemLongConfig.from_pretrained(checkpoint), load_file(checkpoint / "model.safetensors")
     query, layers = "model.layers.20.self_attn.q_proj", config.memory.retrieval_layers
     tensors = {f"{query}.lora_A": torch.randn(4, 576) * 0.1, f"{query}.lora_B": torch.randn(576, 4) * 0.1}
-    tensors |= {f"model.layers.{layer}.self_attn.memory_gate": torch.full((9,), 0.5) for layer in layers}
+    tensors |= {f"model.layers.{layer}.self_attn.memory_bias": torch.full((9,), 0.5) for layer in layers}
     values = {
         "tensors": tensors,
         "lora": LoraSettings(4, 4.0),
@@ -121,8 +121,8 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     made = build(tmp_path / "first", tmp_path / "adapter.safetensors")
     before, after = load_file(plain / "model.safetensors"), load_file(made / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    gates = {name for name in adapter.tensors if name.endswith("memory_gate")}
-    assert changed == gates | {"model.layers.20.self_attn.q_proj.weight"}
+    biases = {name for name in adapter.tensors if name.endswith("memory_bias")}
+    assert changed == biases | {"model.layers.20.self_attn.q_proj.weight"}
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     config = MemLongConfig.from_pretrained(made)
     assert config.memory == MemLongConfig.from_pretrained(plain).memory
@@ -140,3 +140,5 @@ def test_demo_command(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("score") >= 3
+    assert re.search(r"^  with +memory: '71432\b.*\(right\)$", result.stdout, re.MULTILINE)
+    assert re.search(r"^  without +memory: .*\(wrong\)$", result.stdout, re.MULTILINE)

@@ -26,6 +26,7 @@ MAY_IMPORT_VLLM = (
     "memlong_vllm.scheduler.scheduler",
     "memlong_vllm.worker.model_state",
     "memlong_vllm.cli.*",
+    "memlong_vllm.demo.session",
     "memlong_vllm.named",
     "memlong_vllm.evaluation.vllm_scorer",
     "engine_patches",
