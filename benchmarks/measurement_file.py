@@ -27,6 +27,8 @@ class MeasurementFile(ResultsFile):
         self, path: Path, benchmark: str, settings: dict[str, Any], engines: dict[str, Any], overwrite: bool = False
     ) -> None:
         super().__init__(path, benchmark, settings, engines, KEY, overwrite)
+        self.content.setdefault("engines", {})
+        self._load_at_the_start = self.content.get("machine", {}).get("load_at_the_start", os.getloadavg())
 
     def _resume(self, found: dict[str, Any]) -> None:
         super()._resume(found)
@@ -40,13 +42,9 @@ class MeasurementFile(ResultsFile):
         lines = self.content.setdefault("command_lines", [])
         if line not in lines:
             lines.append(line)
-        self.content.setdefault("engines", {})
-        self.content["machine"] = machine() | {"load_at_the_start": self._load_at_the_start()}
+        self.content["machine"] = machine() | {"load_at_the_start": self._load_at_the_start}
         self.content["rows"] = rows
         super()._write()
-
-    def _load_at_the_start(self) -> Any:
-        return self.content.get("machine", {}).get("load_at_the_start", os.getloadavg())
 
     def add_engine(self, name: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
         """Note how an engine was set up; the last start counts."""
