@@ -10,6 +10,7 @@ import pytest
 
 from memlong_vllm.cli import main
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
+from memlong_vllm.config import MemLongConfig
 from memlong_vllm.demo_model import demo_checkpoint
 
 
@@ -20,7 +21,13 @@ def test_folders_and_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     assert resolve_model("demo") == demo_checkpoint()
     assert resolve_model("./demo") == Path("demo")
-    assert resolve_model("demo-base") == demo_checkpoint(adapted=False)
+
+
+@pytest.mark.slow
+def test_the_demo_before_training() -> None:
+    base = resolve_model("demo-base")
+    assert base == demo_checkpoint(adapted=False) != demo_checkpoint()
+    assert "memlong_adapter" not in MemLongConfig.from_pretrained(base).to_dict()
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nobody/has-this", ""])
