@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+from memlong_vllm.training.features import DocumentFeatures
 from memlong_vllm.training.segment_memory import SegmentMemory
 from memlong_vllm.training.streams import SegmentReader, Streams
 from memlong_vllm.training.upper_half import UpperHalf
@@ -76,12 +77,18 @@ def test_checkpointing_gives_the_same_gradients(checkpoints: Checkpoints, tokens
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_streams_read_every_document_in_order(checkpoints: Checkpoints, tokens: list[int], tmp_path: Path) -> None:
-    folder = checkpoints.memlong()
+def features_and_reader(
+    folder: Path, cache: Path, tokens: list[int], sizes: tuple[int, ...]
+) -> tuple[list[DocumentFeatures], SegmentReader]:
+    """Documents of these sizes, to be read in segments of 64 tokens."""
     model = MemLongForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    frozen = frozen_half(folder, model, tmp_path)
-    features = [frozen.features(document) for document in documents(tokens, (200, 130, 64, 270))]
+    frozen = frozen_half(folder, model, cache)
     reader = SegmentReader(model.config.memory, 64, model.config.head_dim, with_memory=True)
+    return [frozen.features(document) for document in documents(tokens, sizes)], reader
+
+
+def test_streams_read_every_document_in_order(checkpoints: Checkpoints, tokens: list[int], tmp_path: Path) -> None:
+    features, reader = features_and_reader(checkpoints.memlong(), tmp_path, tokens, (200, 130, 64, 270))
     streams = Streams(features, reader, num_rows=2, seed=3)
     seen: dict[int, list[int]] = {0: [], 1: []}
     for step in range(6):
@@ -112,11 +119,7 @@ def test_streams_read_every_document_in_order(checkpoints: Checkpoints, tokens: 
 
 
 def test_processes_share_the_documents(checkpoints: Checkpoints, tokens: list[int], tmp_path: Path) -> None:
-    folder = checkpoints.memlong()
-    model = MemLongForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    frozen = frozen_half(folder, model, tmp_path)
-    features = [frozen.features(document) for document in documents(tokens, (64, 64, 64, 64))]
-    reader = SegmentReader(model.config.memory, 64, model.config.head_dim, with_memory=True)
+    features, reader = features_and_reader(checkpoints.memlong(), tmp_path, tokens, (64, 64, 64, 64))
     taken = []
     for rank in (0, 1):
         streams = Streams(features, reader, num_rows=1, seed=0, rank=rank, num_ranks=2)
