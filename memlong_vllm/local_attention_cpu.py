@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+from memlong_vllm.kernels import few_tokens_cpu
 
 # Query tokens attended at a time: bounds the scores to this many rows a head.
 _QUERY_BLOCK = 256
@@ -56,7 +59,10 @@ class CPULseImpl(CPUAttentionBackendImpl):
         self.lse = torch.empty(query.shape[:2], dtype=torch.float32)
         starts = attn_metadata.query_start_loc.tolist()
         seq_lens = attn_metadata.seq_lens.tolist()
+        self._attend_few(query, kv_cache, attn_metadata.block_table, starts, seq_lens, output)
         for i, seq_len in enumerate(seq_lens[: len(starts) - 1]):
+            if few_tokens_cpu.suits(starts[i + 1] - starts[i], kv_cache):
+                continue
             blocks = attn_metadata.block_table[i]
             for row in range(starts[i], starts[i + 1], _QUERY_BLOCK):
                 end_row = min(row + _QUERY_BLOCK, starts[i + 1])
@@ -64,6 +70,28 @@ class CPULseImpl(CPUAttentionBackendImpl):
                 rows = slice(row, end_row)
                 output[rows], self.lse[rows] = self._attend(query[rows], kv_cache, blocks, position)
         return output
+
+    def _attend_few(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        starts: list[int],
+        seq_lens: list[int],
+        output: torch.Tensor,
+    ) -> None:
+        """All sequences with few query tokens, decoding ones above all, at once."""
+        counts = np.diff(starts)
+        few = [i for i, count in enumerate(counts) if few_tokens_cpu.suits(int(count), kv_cache)]
+        if not few:
+            return
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in few])
+        positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in few])
+        sequence_of, token_idx = np.repeat(few, counts[few]), torch.from_numpy(rows)
+        attended, self.lse[token_idx] = few_tokens_cpu.attend_windows(
+            query[token_idx], kv_cache, block_table, sequence_of, positions, self.sliding_window, self.scale
+        )
+        output[token_idx] = attended.to(output.dtype)
 
     def _attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor, position: int

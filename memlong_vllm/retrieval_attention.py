@@ -181,15 +181,39 @@ class RetrievalAttention(nn.Module):
             if self.config.memory_softmax == "chunk":
                 memory = attend_chunks(query, keys, values, scale, self.config.chunk_size)
             else:
-                memory = attend(query, keys, values, scale)
+                memory = self._attend(query, keys, values, scale)
             gate = torch.tanh(self.memory_gate.float())[:, None]
             return local + (gate * memory.flatten(0, 1)).to(local.dtype)
         weight = torch.ones_like(self.memory_gate, dtype=torch.float32)
         if self.config.fusion == "scaled_logits":
             weight = torch.sigmoid(self.memory_gate.float())
         bias = self.memory_bias.float() if self.config.memory_bias else torch.zeros_like(weight)
-        memory, memory_lse = attend_with_lse(query, keys, values, scale * weight, bias * weight)
+        memory, memory_lse = _attend_with_lse(query, keys, values, scale * weight, bias * weight)
         return merge(local, self.local_impl.lse[token_idx], memory.flatten(0, 1), memory_lse.flatten(0, 1))
+
+    def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+        if not _suits_few_tokens(query, keys):
+            return attend(query, keys, values, scale)
+        scales = torch.full((self.num_heads,), scale)
+        return _attend_with_lse(query, keys, values, scales, torch.zeros_like(scales))[0]
+
+
+def _suits_few_tokens(query: torch.Tensor, keys: torch.Tensor) -> bool:
+    if keys.device.type != "cpu":
+        return False
+    from memlong_vllm.kernels import few_tokens_cpu
+
+    return few_tokens_cpu.suits(query.shape[1], keys)
+
+
+def _attend_with_lse(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not _suits_few_tokens(query, keys):
+        return attend_with_lse(query, keys, values, scale, bias)
+    from memlong_vllm.kernels import few_tokens_cpu
+
+    return few_tokens_cpu.attend_rows(query, keys, values, scale, bias)
 
 
 class MemoryStore(nn.Module):
