@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from memlong_vllm.kernels import few_tokens_cpu
+from memlong_vllm.kernels import few_tokens_cpu, flash_cpu
 
-# Query tokens attended at a time: bounds the scores to this many rows a head.
+# Query tokens attended at a time. Each reads the window of all: many at once waste scores.
 _QUERY_BLOCK = 256
 
 
 class CPULseImpl(CPUAttentionBackendImpl):
-    """Windowed attention over the paged cache in plain PyTorch.
+    """Windowed attention over the paged cache.
 
     vLLM's CPU kernel packs cached keys in an order of its own, so this class also writes the
     cache: [num_blocks, num_kv_heads, block_size, 2·head_size], key then value in each row.
@@ -102,16 +102,14 @@ class CPULseImpl(CPUAttentionBackendImpl):
         key_positions = torch.arange(first, position + num_tokens)
         block_size = kv_cache.shape[2]
         cached = kv_cache[blocks[key_positions // block_size].long(), :, key_positions % block_size]
-        keys, values = cached.transpose(0, 1).split(self.head_size, dim=-1)
-        keys, values = (t.repeat_interleave(self.num_queries_per_kv, dim=0) for t in (keys, values))
+        keys, values = cached.transpose(0, 1)[None].split(self.head_size, dim=-1)
         distance = torch.arange(position, position + num_tokens)[:, None] - key_positions
-        visible = distance >= 0
+        hidden = distance < 0
         if self.sliding_window > 0:
-            visible &= distance < self.sliding_window
-        scores = (query.transpose(0, 1) @ keys.transpose(1, 2)).float() * self.scale
-        scores = scores.masked_fill(~visible, float("-inf"))
-        attended = scores.softmax(dim=-1).to(values.dtype) @ values
-        return attended.transpose(0, 1), scores.logsumexp(dim=-1).T
+            hidden |= distance >= self.sliding_window
+        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+        attended, lse = flash_cpu.attend(query[None], keys, values, self.scale, mask)
+        return attended[0], lse[0]
 
 
 class CPULseBackend(CPUAttentionBackend):

@@ -192,28 +192,22 @@ class RetrievalAttention(nn.Module):
         return merge(local, self.local_impl.lse[token_idx], memory.flatten(0, 1), memory_lse.flatten(0, 1))
 
     def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-        if not _suits_few_tokens(query, keys):
+        if query.device.type != "cpu":
             return attend(query, keys, values, scale)
         scales = torch.full((self.num_heads,), scale)
         return _attend_with_lse(query, keys, values, scales, torch.zeros_like(scales))[0]
 
 
-def _suits_few_tokens(query: torch.Tensor, keys: torch.Tensor) -> bool:
-    if keys.device.type != "cpu":
-        return False
-    from memlong_vllm.kernels import few_tokens_cpu
-
-    return few_tokens_cpu.suits(query.shape[1], keys)
-
-
 def _attend_with_lse(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _suits_few_tokens(query, keys):
+    if query.device.type != "cpu":
         return attend_with_lse(query, keys, values, scale, bias)
-    from memlong_vllm.kernels import few_tokens_cpu
+    from memlong_vllm.kernels import few_tokens_cpu, flash_cpu
 
-    return few_tokens_cpu.attend_rows(query, keys, values, scale, bias)
+    if few_tokens_cpu.suits(query.shape[1], keys):
+        return few_tokens_cpu.attend_rows(query, keys, values, scale, bias)
+    return flash_cpu.attend_scaled(query, keys, values, scale, bias)
 
 
 class MemoryStore(nn.Module):
