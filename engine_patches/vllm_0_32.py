@@ -11,6 +11,8 @@ Patches, each with its reason and the change in vLLM that would make it needless
   the latter: the model state.) Until a runner passes extra scheduler output to the model.
 * ``EngineCore.memlong_stats`` and ``memlong_memory``: new utility methods, for the HTTP routes.
   Until schedulers can answer utility calls themselves.
+* ``triton_utils.dispatcher``: its search of all modules for kernels fails on objects of llvmlite,
+  which Numba loads, whose ``__dict__`` is none. Until it looks at dictionaries only.
 * ``AsyncLLM._add_streaming_input_request``: refuses a session before it reaches the engine, which
   would otherwise take each later piece for a request of its own. Until sessions are supported.
 """
@@ -24,6 +26,7 @@ from typing import Any
 from vllm.exceptions import VLLMClientError
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.sampling_params import SamplingParams
+from vllm.triton_utils import dispatcher
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
@@ -51,9 +54,16 @@ def apply() -> None:
     _patch_v1_runner()
     _patch_v2_runner()
     _patch_streaming_input()
+    dispatcher.vars = _own_attributes
     EngineCore.memlong_stats = lambda self: self.scheduler.memory_stats()
     EngineCore.memlong_memory = lambda self, operation, arguments: self.scheduler.memory_operation(operation, arguments)
     _applied = True
+
+
+def _own_attributes(value: object) -> dict[str, Any]:
+    """As the built-in ``vars``, but nothing where that is no dictionary."""
+    attributes: object = vars(value)
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _patch_request_validation() -> None:

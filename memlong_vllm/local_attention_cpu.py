@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-# Query tokens attended at a time: bounds the scores to this many rows a head.
+from memlong_vllm.kernels import few_tokens_cpu, flash_cpu
+
+# Query tokens attended at a time. Each reads the window of all: many at once waste scores.
 _QUERY_BLOCK = 256
 
 
 class CPULseImpl(CPUAttentionBackendImpl):
-    """Windowed attention over the paged cache in plain PyTorch.
+    """Windowed attention over the paged cache.
 
     vLLM's CPU kernel packs cached keys in an order of its own, so this class also writes the
     cache: [num_blocks, num_kv_heads, block_size, 2·head_size], key then value in each row.
@@ -56,7 +59,10 @@ class CPULseImpl(CPUAttentionBackendImpl):
         self.lse = torch.empty(query.shape[:2], dtype=torch.float32)
         starts = attn_metadata.query_start_loc.tolist()
         seq_lens = attn_metadata.seq_lens.tolist()
+        self._attend_few(query, kv_cache, attn_metadata.block_table, starts, seq_lens, output)
         for i, seq_len in enumerate(seq_lens[: len(starts) - 1]):
+            if few_tokens_cpu.suits(starts[i + 1] - starts[i], kv_cache):
+                continue
             blocks = attn_metadata.block_table[i]
             for row in range(starts[i], starts[i + 1], _QUERY_BLOCK):
                 end_row = min(row + _QUERY_BLOCK, starts[i + 1])
@@ -64,6 +70,28 @@ class CPULseImpl(CPUAttentionBackendImpl):
                 rows = slice(row, end_row)
                 output[rows], self.lse[rows] = self._attend(query[rows], kv_cache, blocks, position)
         return output
+
+    def _attend_few(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        starts: list[int],
+        seq_lens: list[int],
+        output: torch.Tensor,
+    ) -> None:
+        """All sequences with few query tokens, decoding ones above all, at once."""
+        counts = np.diff(starts)
+        few = [i for i, count in enumerate(counts) if few_tokens_cpu.suits(int(count), kv_cache)]
+        if not few:
+            return
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in few])
+        positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in few])
+        sequence_of, token_idx = np.repeat(few, counts[few]), torch.from_numpy(rows)
+        attended, self.lse[token_idx] = few_tokens_cpu.attend_windows(
+            query[token_idx], kv_cache, block_table, sequence_of, positions, self.sliding_window, self.scale
+        )
+        output[token_idx] = attended.to(output.dtype)
 
     def _attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor, position: int
@@ -74,16 +102,14 @@ class CPULseImpl(CPUAttentionBackendImpl):
         key_positions = torch.arange(first, position + num_tokens)
         block_size = kv_cache.shape[2]
         cached = kv_cache[blocks[key_positions // block_size].long(), :, key_positions % block_size]
-        keys, values = cached.transpose(0, 1).split(self.head_size, dim=-1)
-        keys, values = (t.repeat_interleave(self.num_queries_per_kv, dim=0) for t in (keys, values))
+        keys, values = cached.transpose(0, 1)[None].split(self.head_size, dim=-1)
         distance = torch.arange(position, position + num_tokens)[:, None] - key_positions
-        visible = distance >= 0
+        hidden = distance < 0
         if self.sliding_window > 0:
-            visible &= distance < self.sliding_window
-        scores = (query.transpose(0, 1) @ keys.transpose(1, 2)).float() * self.scale
-        scores = scores.masked_fill(~visible, float("-inf"))
-        attended = scores.softmax(dim=-1).to(values.dtype) @ values
-        return attended.transpose(0, 1), scores.logsumexp(dim=-1).T
+            hidden |= distance >= self.sliding_window
+        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+        attended, lse = flash_cpu.attend(query[None], keys, values, self.scale, mask)
+        return attended[0], lse[0]
 
 
 class CPULseBackend(CPUAttentionBackend):

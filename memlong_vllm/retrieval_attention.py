@@ -181,15 +181,33 @@ class RetrievalAttention(nn.Module):
             if self.config.memory_softmax == "chunk":
                 memory = attend_chunks(query, keys, values, scale, self.config.chunk_size)
             else:
-                memory = attend(query, keys, values, scale)
+                memory = self._attend(query, keys, values, scale)
             gate = torch.tanh(self.memory_gate.float())[:, None]
             return local + (gate * memory.flatten(0, 1)).to(local.dtype)
         weight = torch.ones_like(self.memory_gate, dtype=torch.float32)
         if self.config.fusion == "scaled_logits":
             weight = torch.sigmoid(self.memory_gate.float())
         bias = self.memory_bias.float() if self.config.memory_bias else torch.zeros_like(weight)
-        memory, memory_lse = attend_with_lse(query, keys, values, scale * weight, bias * weight)
+        memory, memory_lse = _attend_with_lse(query, keys, values, scale * weight, bias * weight)
         return merge(local, self.local_impl.lse[token_idx], memory.flatten(0, 1), memory_lse.flatten(0, 1))
+
+    def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+        if query.device.type != "cpu":
+            return attend(query, keys, values, scale)
+        scales = torch.full((self.num_heads,), scale)
+        return _attend_with_lse(query, keys, values, scales, torch.zeros_like(scales))[0]
+
+
+def _attend_with_lse(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if query.device.type != "cpu":
+        return attend_with_lse(query, keys, values, scale, bias)
+    from memlong_vllm.kernels import few_tokens_cpu, flash_cpu
+
+    if few_tokens_cpu.suits(query.shape[1], keys):
+        return few_tokens_cpu.attend_rows(query, keys, values, scale, bias)
+    return flash_cpu.attend_scaled(query, keys, values, scale, bias)
 
 
 class MemoryStore(nn.Module):
