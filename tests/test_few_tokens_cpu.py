@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -52,3 +55,21 @@ def test_what_suits() -> None:
     assert suits(MAX_TOKENS, torch.zeros(1))
     assert not suits(MAX_TOKENS + 1, torch.zeros(1))
     assert not suits(1, torch.zeros(1, dtype=torch.float16))
+
+
+BOUND = """
+import os, torch
+torch.set_num_threads(2)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from memlong_vllm.kernels.few_tokens_cpu import attend_rows
+rows = torch.ones(2, 1, 2, 8)
+attend_rows(rows, rows, rows, torch.ones(2), torch.zeros(2))
+import numba
+print(torch.get_num_threads(), numba.get_num_threads(), numba.threading_layer())
+"""
+
+
+def test_a_bound_thread_keeps_its_openmp_threads() -> None:
+    result = subprocess.run([sys.executable, "-c", BOUND], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["2", "2", "omp"]

@@ -7,12 +7,21 @@ read every key and value where it is, once, in float32 or bfloat16, with arithme
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import threading
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
+
+# Numba would count the cores that this thread may use. vLLM gives it a core of its own, and the
+# other OpenMP threads the others.
+os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
+
+import numba
 from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
@@ -40,6 +49,7 @@ def attend_rows(
     Returns:
         [G, n, H, d] in the dtype of ``values``, and [G, n, H] float32.
     """
+    _use_threads()
     spans, tokens, heads, size = query.shape
     scaled = (query.float() * scale[:, None]).flatten(0, 1).contiguous()
     output, lse = torch.empty_like(scaled), torch.empty(scaled.shape[:2])
@@ -70,6 +80,7 @@ def attend_windows(
     Returns:
         [N, H, d] and its log-sum-exp [N, H], float32.
     """
+    _use_threads()
     scaled = (query.float() * scale).contiguous()
     output, lse = torch.empty_like(scaled), torch.empty(scaled.shape[:2])
     first = np.maximum(positions - window + 1, 0) if window > 0 else np.zeros_like(positions)
@@ -78,6 +89,21 @@ def attend_windows(
         scaled.numpy(), _array(kv_cache), table, sequence_of, first, positions + 1, output.numpy(), lse.numpy()
     )
     return output, lse
+
+
+def _use_threads() -> None:
+    """Use as many threads as PyTorch does."""
+    _launch_threads()
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@functools.cache
+def _launch_threads() -> None:
+    # Launching sets the number of OpenMP threads of the thread that does it, and vLLM's kernels
+    # must find that of this one unchanged.
+    launching = threading.Thread(target=numba.get_num_threads)
+    launching.start()
+    launching.join()
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
