@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -70,6 +71,8 @@ print(torch.get_num_threads(), numba.get_num_threads(), numba.threading_layer())
 
 
 def test_a_bound_thread_keeps_its_openmp_threads() -> None:
-    result = subprocess.run([sys.executable, "-c", BOUND], capture_output=True, text=True, timeout=300, check=False)
+    environ = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
+    command = [sys.executable, "-c", BOUND]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["2", "2", "omp"]

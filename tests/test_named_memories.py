@@ -172,6 +172,7 @@ def test_a_request_that_does_not_end_well_writes_nothing(
     assert "no memory named 'half'" in why(engine, ask(engine, tokens[:100], memory_read="half"))
     short = engine.add(tokens[:5], max_tokens=3, extra_args={"memory_write": "short"})
     assert "less than a chunk (16 tokens)" in why(engine, short)
+    assert engine.scheduler._named.flush(30)
     assert not list((tmp_path / "memories").rglob("*.safetensors"))
     engine.assert_empty()
 
