@@ -17,6 +17,7 @@ from memlong_vllm.endpoints.tenants import OwnSalts, Tenancy, ring_of
 from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.operations import perform
 
+MEMORIES = "/memlong/memories"
 STATS = {"running": 1, "holds": 3, "held_seconds": 0.5, "something_new": 7}
 
 
@@ -71,3 +72,21 @@ def make_app(
 
 def make_client(library: MemoryLibrary, **options: Any) -> TestClient:
     return TestClient(make_app(library, **options))
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def kind(response: Any) -> tuple[int, str]:
+    """Status and type of an error in OpenAI's shape."""
+    error = response.json()["error"]
+    assert error["message"]
+    assert error["code"] == response.status_code
+    return response.status_code, error["type"]
+
+
+def names(client: TestClient, **headers: str) -> list[str]:
+    answer = client.get(MEMORIES, headers=headers)
+    assert answer.status_code == 200
+    return [entry["name"] for entry in answer.json()["data"]]

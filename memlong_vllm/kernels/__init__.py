@@ -1,1 +1,2 @@
-"""Triton kernels. Imported only where they run: on GPUs, and under Triton's interpreter."""
+"""Kernels of attention, each imported only where it runs: Triton's on GPUs and under its interpreter,
+``…_cpu`` on CPUs."""

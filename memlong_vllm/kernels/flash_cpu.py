@@ -1,6 +1,7 @@
 """Attention of many query tokens on a CPU, with its log-sum-exp, by PyTorch's own flash kernel.
 
-Scores never exist as a whole, so a retrieval layer's prefill costs what plain attention costs.
+Scores never exist as a whole. The kernel is what ``scaled_dot_product_attention`` runs on CPUs, which
+drops the log-sum-exp; it is not public, and torch's version is given by vLLM's.
 """
 
 from __future__ import annotations
