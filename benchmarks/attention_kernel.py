@@ -44,7 +44,7 @@ from memlong_vllm.worker.working_set import DecodeRead, WorkingSet
 CHUNK, TOP_K = 128, 8
 MEMORY = CHUNK * TOP_K
 SPAN = 128
-CALLS = 16  # In a graph.
+LEAST_CALLS = 16  # In a graph.
 MAX_POSITION = 4096
 GATE = 0.5
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -192,8 +192,9 @@ def time_us(run: Callable[[], Any], repetitions: int, calls: int = 1) -> float:
     return statistics.median(times)
 
 
-def graph_time_us(calls: Iterator[Callable[[], Any]], repetitions: int) -> float:
-    """Of a call in a CUDA graph of many."""
+def graph_time_us(calls: Iterator[Callable[[], Any]], copies: int, repetitions: int) -> float:
+    """Of a call in a CUDA graph of many, that read every copy."""
+    number = max(LEAST_CALLS, copies)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -202,10 +203,10 @@ def graph_time_us(calls: Iterator[Callable[[], Any]], repetitions: int) -> float
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for _ in range(number):
             next(calls)()
     graph.replay()
-    return time_us(graph.replay, repetitions, CALLS)
+    return time_us(graph.replay, repetitions, number)
 
 
 def copy_bandwidth(repetitions: int) -> float:
@@ -220,7 +221,7 @@ def measure(name: str, dtype: str, num_spans: int, span_len: int, bandwidth: flo
     cell = Cell(MODELS[name], DTYPES[dtype], num_spans, span_len)
     difference = cell.difference()
     calls = cell.calls()
-    in_graph = graph_time_us(calls, repetitions)
+    in_graph = graph_time_us(calls, cell.copies, repetitions)
     floor = cell.num_bytes / bandwidth * 1e6
     row = {
         "kind": "decode" if span_len == 1 else "prefill",
@@ -234,7 +235,7 @@ def measure(name: str, dtype: str, num_spans: int, span_len: int, bandwidth: flo
         "floor_over_kernel": floor / in_graph,
         "gib_per_s": cell.num_bytes / in_graph * 1e6 / 2**30,
         "tflop_per_s": cell.flops / in_graph / 1e6,
-        "sdpa_us": graph_time_us(cell.sdpa_calls(), repetitions),
+        "sdpa_us": graph_time_us(cell.sdpa_calls(), cell.copies, repetitions),
         "splits": cell.kernel.num_splits(num_spans) if span_len == 1 else 1,
     }
     return row | {"kernel_over_sdpa": row["kernel_us"] / row["sdpa_us"]}
