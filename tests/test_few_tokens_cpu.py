@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,12 @@ BOUND = """
 import os, torch
 torch.set_num_threads(2)
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+"""
+IMPORTED_BEFORE = """
+import numba, torch
+torch.set_num_threads(1)
+"""
+ATTEND = """
 from memlong_vllm.kernels.few_tokens_cpu import attend_rows
 rows = torch.ones(2, 1, 2, 8)
 attend_rows(rows, rows, rows, torch.ones(2), torch.zeros(2))
@@ -70,9 +77,19 @@ print(torch.get_num_threads(), numba.get_num_threads(), numba.threading_layer())
 """
 
 
-def test_a_bound_thread_keeps_its_openmp_threads() -> None:
+def attend_after(begin: str, cache: Path) -> list[str]:
+    """PyTorch's threads, Numba's and its threading layer, in a process that begins so and compiles."""
     environ = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
-    command = [sys.executable, "-c", BOUND]
+    environ |= {"NUMBA_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", begin + ATTEND]
     result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["2", "2", "omp"]
+    return result.stdout.split()
+
+
+def test_a_bound_thread_keeps_its_openmp_threads(tmp_path: Path) -> None:
+    assert attend_after(BOUND, tmp_path) == ["2", "2", "omp"]
+
+
+def test_numba_may_be_imported_before(tmp_path: Path) -> None:
+    assert attend_after(IMPORTED_BEFORE, tmp_path) == ["1", "1", "omp"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 import threading
 from typing import Any
 
@@ -18,8 +19,12 @@ import torch
 from llvmlite import ir
 
 # Numba would count the cores that this thread may use. vLLM gives it a core of its own, and the
-# other OpenMP threads the others.
-os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
+# other OpenMP threads the others. It counts again whenever it compiles, so what was imported before
+# keeps its number in this way too.
+os.environ.setdefault(
+    "NUMBA_NUM_THREADS",
+    str(sys.modules["numba"].config.NUMBA_NUM_THREADS if "numba" in sys.modules else torch.get_num_threads()),
+)
 
 import numba
 from numba import njit, prange, types
