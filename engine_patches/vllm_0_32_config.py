@@ -63,8 +63,8 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         (vllm_config.kv_transfer_config is not None, "KV connectors: remove --kv-transfer-config"),
         (vllm_config.ec_transfer_config is not None, "encoder cache connectors: remove --ec-transfer-config"),
         (
-            cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
-            f"kv_cache_dtype {cache.cache_dtype!r}: use 'auto'",
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+            f"kv_cache_dtype {cache.cache_dtype!r} with weights in {model.dtype}: use 'auto'",
         ),
         (model.enable_prompt_embeds, "prompt embeddings, which have no text to retrieve with"),
         (model.disable_sliding_window, "--disable-sliding-window: the local window is part of the model"),
