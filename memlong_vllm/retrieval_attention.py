@@ -4,9 +4,9 @@ Three operations are registered with PyTorch, so that compiled graphs call them 
 ``memlong_store`` (memory layer), ``memlong_scale_query`` (fusion ``scaled_logits`` only) and
 ``memlong_retrieve``. Each finds its layer by name in vLLM's forward context.
 
-On GPUs attention is one Triton kernel (:mod:`memlong_vllm.kernels`), elsewhere PyTorch
-(:mod:`memlong_vllm.memory_attention`). A layer whose ``kernel`` is set to None uses PyTorch too,
-to compare the two.
+On GPUs attention is one Triton kernel (:mod:`memlong_vllm.kernels`). On CPUs, and in a layer whose
+``kernel`` is set to None to compare the two, it is :mod:`memlong_vllm.memory_attention` or, where
+that is faster, one of the CPU's kernels.
 """
 
 from __future__ import annotations

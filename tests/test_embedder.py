@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
@@ -10,19 +11,28 @@ from memlong_vllm.config import RetrieverConfig
 from memlong_vllm.retriever.embedder import load_embedder
 from tests.checkpoints import Checkpoints
 
+MAX_LENGTH = 64
 TEXTS = ["The ship had left the harbour.", "Rain.", "Nobody had seen the letter since the winter before last. " * 20]
 
 
-def test_vectors_are_those_of_the_plain_model(checkpoints: Checkpoints) -> None:
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_vectors_are_those_of_the_plain_model(checkpoints: Checkpoints, pooling: str) -> None:
+    """One by one and as a batch with padding; the last text is cut."""
     folder = checkpoints.retriever
-    embedder = load_embedder(RetrieverConfig(folder.name, "mean", 256), str(folder.parent), "cpu")
+    embedder = load_embedder(RetrieverConfig(folder.name, pooling, MAX_LENGTH), str(folder.parent), "cpu")
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = []
     for text in TEXTS:
         with torch.inference_mode():
-            inputs = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
-            wanted = torch.nn.functional.normalize(model(**inputs).last_hidden_state.mean(1), dim=-1).numpy()
-        found = embedder.embed([text])
-        assert found.shape == (1, embedder.dimension)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted, atol=1e-6)
+            inputs = tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+            (hidden,) = model(**inputs).last_hidden_state
+        vector = hidden[0] if pooling == "cls" else hidden.mean(0)
+        wanted.append(torch.nn.functional.normalize(vector, dim=-1).numpy())
+    assert inputs["input_ids"].shape[1] == MAX_LENGTH
+    together = embedder.embed(TEXTS)
+    assert together.shape == (len(TEXTS), embedder.dimension)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together, wanted, atol=1e-6)
+    for text, vector in zip(TEXTS, wanted, strict=True):
+        np.testing.assert_allclose(embedder.embed([text]), [vector], atol=1e-6)
