@@ -48,10 +48,12 @@ class AuthorsLoop:
 
         config = MemLongConfig.from_pretrained(checkpoint)
         config.max_position_embeddings = max(config.max_position_embeddings, max_model_len)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = MemLongForCausalLM.from_pretrained(checkpoint, config=config, dtype=dtype).eval()
+        self._model.to(self._device)
         self._memory, self._piece = config.memory, piece
         self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, config=config)
-        self._embedder = load_embedder(config.memory.retriever, str(checkpoint), "cpu")
+        self._embedder = load_embedder(config.memory.retriever, str(checkpoint), self._device)
         self._text = ExampleText(self._tokenizer, config.vocab_size)
         self._num_embedded, self._embed_seconds = 0, 0.0
 
@@ -89,7 +91,7 @@ class AuthorsLoop:
 
     def _forward(self, token_ids: list[int], cache: MemLongCache) -> torch.Tensor:
         """[vocabulary], of the last token."""
-        output = self._model(torch.tensor([token_ids]), past_key_values=cache, logits_to_keep=1)
+        output = self._model(torch.tensor([token_ids], device=self._device), past_key_values=cache, logits_to_keep=1)
         return output.logits[0, -1]
 
     def _embed(self, token_ids: list[int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 from answers import PreparedEngine, generate, scheduler_of, tokens_of
 from backbones import gated_copy
 from engine_process import EngineProcess
+from example_text import STRIDE
 from result_file import write_result
 
 from memlong_vllm.demo_model import demo_checkpoint
@@ -39,7 +40,7 @@ def prepare(llm: Any) -> Callable[..., dict[str, Any]]:
     memory = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().step_memory
 
     def answer(start: int, length: int, batch: int, max_tokens: int) -> dict[str, Any]:
-        prompts = [novel[start + i * 997 : start + i * 997 + length] for i in range(batch)]
+        prompts = [novel[start + i * STRIDE : start + i * STRIDE + length] for i in range(batch)]
         gathers, reuses = memory.working_set.num_gathers, memory.working_set.num_reuses
         stats: dict[str, float] = {}
         result = generate(llm, prompts, max_tokens, after_prompts=lambda: stats.update(scheduler.memory_stats()))

@@ -33,6 +33,7 @@ KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Blocks of the KV cache have at most so many tokens; a window needs one more at either end.
 BLOCK_TOKENS = 128
+WARM_UP_ANSWER = 4
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ class Contenders:
         """
         load: Loader = authors_loop.load if name == AUTHORS else vllm_engine.load
         return EngineProcess(load, self.model(name), self.settings(name))
+
+    def warm_up(self, name: str, engine: EngineProcess) -> None:
+        """Ask for what is not measured: in the first steps kernels are compiled, threads start and
+        weights are packed, which vLLM does beforehand only if it measures memory."""
+        engine.ask(prompts=[[(0, self.warm_up_tokens(name))]], max_tokens=WARM_UP_ANSWER, salts=["warm-up"])
+
+    def warm_up_tokens(self, name: str) -> int:
+        """A prompt's, of which some leave the window and are retrieved, if the engine takes so many."""
+        longest: int = self.settings(name)["max_model_len"]
+        return min(longest - WARM_UP_ANSWER, self.memory.local_window + 3 * self.memory.retrieval_stride)
 
     def model(self, name: str) -> Path:
         if name in (MEMLONG, AUTHORS):

@@ -23,13 +23,13 @@ from typing import Any
 
 import faiss
 import numpy as np
+from example_text import DOCUMENT
 
 from memlong_vllm.config import RetrieverConfig
 from memlong_vllm.demo_model import demo_checkpoint
 from memlong_vllm.memories.index import CorpusIndex
 from memlong_vllm.retriever.embedder import load_embedder
 
-DOCUMENT = Path(__file__).parent.parent / "examples" / "data" / "doyle_lost_world.txt"
 K = 8
 BATCH = 64
 SEED = 0

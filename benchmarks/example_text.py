@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 DOCUMENT = Path(__file__).parent.parent / "examples" / "data" / "doyle_lost_world.txt"
+STRIDE = 997
+"""Tokens between the beginnings of texts, so that no two chunks of them are alike."""
 Piece = tuple[int, int]
 """(first token, number of tokens) of the novel, which begins again at its end."""
 

@@ -122,34 +122,74 @@ def _flatness(name: str, rows: Sequence[Row], measure: Measure) -> Goal:
 
 
 def retrieval_costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What retrieval costs, of MemLong's rows of each cell: medians of all repetitions' steps, in ms.
+    """What retrieval costs, of MemLong's rows of each cell: medians over the steps of all repetitions in which
+    some sequence retrieves, in ms.
 
-    ``own_ms`` is the scheduler's own time in a step in which some sequence retrieves, ``whole_ms`` the
-    whole step; ``plain_…`` likewise without a retrieval. ``share_percent``: what retrieval adds in the
-    scheduler, of a retrieving step's time; ``whole_percent``: how much longer such a step is in all;
-    ``held_percent``: of the sequences' time, in which they wait for an embedding.
+    ``own_ms`` is the scheduler's own time in such a step, ``whole_ms`` the whole step. Each is compared
+    with the median step that decodes as many sequences without a retrieval, ``plain_…``; there are
+    ``matched`` steps that can be. ``share_percent``: what retrieval adds in the scheduler, of the step's
+    time; where nothing compares, all of the scheduler's own time counts. ``whole_percent``: how much
+    longer the step is in all. ``held_percent``: of the sequences' time, in which they wait for an embedding.
     """
     costs = []
     for workload in ("spread", "aligned"):
         for length, batch in sizes(rows, workload):
             mine = measured(rows, workload=workload, engine=MEMLONG, length=length, batch=batch)
-            plain, retrieving = (_steps(mine, kind) for kind in ("plain", "retrieving"))
-            if not plain["own_ms"] or not retrieving["own_ms"]:
-                continue
-            own, own_plain = (statistics.median(kind["own_ms"]) for kind in (retrieving, plain))
-            whole, whole_plain = (statistics.median(kind["whole_ms"]) for kind in (retrieving, plain))
-            cost = {"workload": workload, "length": length, "batch": batch, "own_ms": own, "plain_own_ms": own_plain}
-            cost |= {"whole_ms": whole, "plain_whole_ms": whole_plain, "steps": len(retrieving["own_ms"])}
-            held = [100 * row["counters"]["held_seconds"] / (row["total_s"] * batch) for row in mine]
-            cost |= {"held_percent": statistics.median(held)}
-            cost |= {"share_percent": 100 * (own - own_plain) / whole, "whole_percent": 100 * (whole / whole_plain - 1)}
-            costs.append(cost)
+            if retrieving := _steps(mine, "retrieving"):
+                held = [100 * row["counters"]["held_seconds"] / (row["total_s"] * batch) for row in mine]
+                cost = {"workload": workload, "length": length, "batch": batch}
+                cost |= {"held_percent": statistics.median(held)}
+                costs.append(cost | _compared(retrieving, _plain_steps(mine)))
     return costs
 
 
-def _steps(rows: Iterable[Row], kind: str) -> dict[str, list[float]]:
-    rows = list(rows)
-    return {name: [value for row in rows for value in row["by_kind"][kind][name]] for name in ("own_ms", "whole_ms")}
+@dataclass(frozen=True)
+class Step:
+    """A step that decodes; see :mod:`retrieval`."""
+
+    sequences: int
+    own_ms: float
+    whole_ms: float
+
+
+def _steps(rows: Iterable[Row], kind: str) -> list[Step]:
+    kinds = [row["by_kind"][kind] for row in rows]
+    fields = ("sequences", "own_ms", "whole_ms")
+    return [Step(*values) for each in kinds for values in zip(*(each[name] for name in fields), strict=True)]
+
+
+def _plain_steps(rows: Iterable[Row]) -> dict[int, Step]:
+    """The median step without a retrieval, by its number of sequences."""
+    found: dict[int, list[Step]] = {}
+    for step in _steps(rows, "plain"):
+        found.setdefault(step.sequences, []).append(step)
+    return {
+        number: Step(
+            number, *(statistics.median(getattr(step, name) for step in steps) for name in ("own_ms", "whole_ms"))
+        )
+        for number, steps in found.items()
+    }
+
+
+def _compared(retrieving: Sequence[Step], plain: Mapping[int, Step]) -> dict[str, Any]:
+    nothing = Step(0, 0.0, 0.0)
+    pairs = [(step, plain[step.sequences]) for step in retrieving if step.sequences in plain]
+    shares = [100 * (step.own_ms - plain.get(step.sequences, nothing).own_ms) / step.whole_ms for step in retrieving]
+    return {
+        "steps": len(retrieving),
+        "matched": len(pairs),
+        "own_ms": _median(step.own_ms for step in retrieving),
+        "whole_ms": _median(step.whole_ms for step in retrieving),
+        "plain_own_ms": _median(other.own_ms for _, other in pairs),
+        "plain_whole_ms": _median(other.whole_ms for _, other in pairs),
+        "share_percent": _median(shares),
+        "whole_percent": _median(100 * (step.whole_ms / other.whole_ms - 1) for step, other in pairs),
+    }
+
+
+def _median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return statistics.median(values) if values else None
 
 
 def _retrieval_share(rows: Sequence[Row]) -> Goal:
@@ -159,10 +199,14 @@ def _retrieval_share(rows: Sequence[Row]) -> Goal:
         return Goal(name, 1.0, False, "%", None, "no steps with and without a retrieval")
     listed = "; ".join(
         f"{cost['workload']} {cost['length']:,} x {cost['batch']}: {cost['share_percent']:.2f} % of "
-        f"{cost['whole_ms']:.4g} ms (whole step {cost['whole_percent']:+.1f} %)"
+        f"{cost['whole_ms']:.4g} ms (whole step {_percent(cost['whole_percent'])})"
         for cost in costs
     )
     return Goal(name, 1.0, False, "%", max(cost["share_percent"] for cost in costs), listed)
+
+
+def _percent(value: float | None) -> str:
+    return "not compared" if value is None else f"{value:+.1f} %"
 
 
 def _ledger(rows: Sequence[Row]) -> Goal:

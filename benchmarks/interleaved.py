@@ -37,7 +37,8 @@ class Turns:
 
 class InterleavedRun:
     """All engines run at once, each in its process and idle but in its turn; so a busy machine
-    slows all of them alike. Which goes first changes from repetition to repetition."""
+    slows all of them alike. Which goes first changes from repetition to repetition, each of which
+    has all cells, so that lengths can be compared as well as engines."""
 
     def __init__(self, file: MeasurementFile, contenders: Contenders, measure: Measure, turns: Turns) -> None:
         self._file, self._contenders, self._measure, self._turns = file, contenders, measure, turns
@@ -46,8 +47,8 @@ class InterleavedRun:
 
     def run(self, cells: Sequence[Cell]) -> None:
         try:
-            for cell in cells:
-                for repetition in range(self._turns.repetitions):
+            for repetition in range(self._turns.repetitions):
+                for cell in cells:
                     for name in self._contenders.names[:: 1 if repetition % 2 == 0 else -1]:
                         if repetition < self._turns.of(name):
                             self._turn(name, cell, repetition)
@@ -80,6 +81,7 @@ class InterleavedRun:
         if name not in self._running:
             print(f"starting {name}", flush=True)
             self._running[name] = self._contenders.start(name)
+            self._contenders.warm_up(name, self._running[name])
             self._file.add_engine(name, self._contenders.settings(name), self._running[name].facts)
         return self._running[name]
 

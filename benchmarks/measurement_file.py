@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from memlong_vllm.evaluation.results import ResultsFile, Row, read_results
+from memlong_vllm.evaluation.scoring import EvaluationError
 
+# Times of one file are compared with each other.
+SAME_MACHINE = ("cpu", "usable_cores", "omp_num_threads")
 KEY = ("engine", "workload", "length", "batch", "repetition")
 __all__ = ["KEY", "MeasurementFile", "Row", "read_results"]
 
@@ -31,6 +34,14 @@ class MeasurementFile(ResultsFile):
         self._load_at_the_start = self.content.get("machine", {}).get("load_at_the_start", os.getloadavg())
 
     def _resume(self, found: dict[str, Any]) -> None:
+        now = self.content["versions"] | machine()
+        for name in SAME_MACHINE:
+            before = (found["versions"] | found["machine"])[name]
+            if before != now[name]:
+                raise EvaluationError(
+                    f"--output {self.path} was measured with {name} {before!r}, now {now[name]!r}: times cannot be "
+                    "compared; name another file or add --overwrite"
+                )
         super()._resume(found)
         for name in ("command_lines", "machine", "engines"):
             self.content[name] = found[name]

@@ -8,13 +8,17 @@ random times, ``--rate`` a second on average. A cell's batch is the number of re
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import command_line
 from cells import Cell
-from contenders import AUTHORS, FP8, FULL, MEMLONG, WINDOW, Contenders
-from example_text import DOCUMENT
+from contenders import AUTHORS, FP8, FULL, MEMLONG, WARM_UP_ANSWER, WINDOW, Contenders
+from example_text import DOCUMENT, STRIDE
 from server_process import ServerProcess
+
+from memlong_vllm.evaluation.models import load_tokenizer
 
 SIZES = [(4096, 12)]
 ENGINES = (MEMLONG, WINDOW, FULL, FP8, AUTHORS)
@@ -33,6 +37,10 @@ class ServedContenders(Contenders):
     def start(self, name: str) -> Any:
         return ServerProcess(self.model(name), self.settings(name))
 
+    def warm_up(self, name: str, engine: Any) -> None:
+        text = Prompts.of(self.model(name)).warm_up(self.warm_up_tokens(name) - SPARE_TOKENS)
+        engine.ask(prompts=[text], max_tokens=WARM_UP_ANSWER, request_rate=1.0, seed=0)
+
 
 class Prompts:
     """Stretches of the novel, as text."""
@@ -41,11 +49,21 @@ class Prompts:
         self._tokenizer = tokenizer
         self._tokens = tokenizer(DOCUMENT.read_text(encoding="utf-8"))["input_ids"]
 
-    def texts(self, number: int, length: int, first: int) -> list[str]:
-        """``number`` texts of ``length`` tokens; others for every ``first``."""
+    @staticmethod
+    @functools.cache
+    def of(model: Path) -> Prompts:
+        return Prompts(load_tokenizer(model))
+
+    def texts(self, number: int, length: int, first: int, label: str) -> list[str]:
+        """``number`` texts of about ``length`` tokens, others for every ``first``. Those of different labels share no
+        prefix."""
         room = max(1, len(self._tokens) - length)
-        starts = [(first + row) * 997 % room for row in range(number)]
-        return [self._tokenizer.decode(self._tokens[start : start + length]) for start in starts]
+        starts = [(first + row) * STRIDE % room for row in range(number)]
+        bodies = [self._tokenizer.decode(self._tokens[start : start + length]) for start in starts]
+        return [f"{label}, {row}. {body}" for row, body in enumerate(bodies)]
+
+    def warm_up(self, length: int) -> str:
+        return self._tokenizer.decode(self._tokens[:length])
 
 
 def main() -> None:
@@ -55,14 +73,10 @@ def main() -> None:
     parser.set_defaults(repetitions=2)
     arguments = parser.parse_args()
     cells = command_line.cells_of(arguments, {"online": arguments.answer + SPARE_TOKENS}, {"online": SIZES})
-    prompts: list[Prompts] = []
+    prompts = Prompts.of(arguments.model or command_line.demo_checkpoint())
 
     def measure(name: str, server: Any, cell: Cell, repetition: int) -> dict[str, Any]:
-        if not prompts:
-            from memlong_vllm.evaluation.models import load_tokenizer
-
-            prompts.append(Prompts(load_tokenizer(arguments.model or command_line.demo_checkpoint())))
-        texts = prompts[0].texts(cell.batch, cell.length, repetition * cell.batch)
+        texts = prompts.texts(cell.batch, cell.length, repetition * cell.batch, f"{cell}, {repetition}")
         return server.ask(prompts=texts, max_tokens=arguments.answer, request_rate=arguments.rate, seed=repetition)
 
     command_line.run(

@@ -22,9 +22,9 @@ import vllm_engine
 from accounting_report import ACCOUNTING, RUN, accounting_tables
 from contenders import MEMLONG
 from engine_process import EngineError, EngineProcess
+from example_text import STRIDE
 from measurement_file import MeasurementFile
 from random_checkpoint import random_checkpoint
-from throughput import STRIDE
 from token_times import TokenTimes
 
 from memlong_vllm.capacity import Setup, plan
@@ -69,10 +69,12 @@ def account(file: MeasurementFile, arguments: argparse.Namespace) -> None:
 
 def run(file: MeasurementFile, arguments: argparse.Namespace, donor: Path) -> None:
     """Serve a prompt with the paper's shape, or with that of ``--shape``, and random weights."""
-    row = {"engine": MEMLONG, "workload": RUN, "length": arguments.length, "batch": arguments.batch}
     name = Path(arguments.shape).name
-    row |= {"model": name, "repetition": 0}
-    if file.has(row):
+    changes = "".join(f", {key} {value}" for key, value in arguments.set)
+    row = {"engine": f"{MEMLONG}, {name}{changes}, {arguments.answer} answered", "workload": RUN}
+    row |= {"length": arguments.length, "batch": arguments.batch, "model": name + changes, "repetition": 0}
+    skipped = row | {"repetition": None}
+    if file.has(row) or file.has(skipped):
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         print(f"writing random weights to {scratch}", flush=True)
@@ -82,11 +84,11 @@ def run(file: MeasurementFile, arguments: argparse.Namespace, donor: Path) -> No
         try:
             engine = EngineProcess(vllm_engine.load, folder, settings)
             measures = measure(engine, arguments)
-            file.add_engine(MEMLONG, settings, engine.facts)
+            file.add_engine(row["engine"], settings, engine.facts)
             engine.stop()
         except EngineError as error:
-            row["repetition"] = None
-            measures = {"skipped": str(error)}
+            file.append([skipped | {"skipped": str(error)}])
+            return
     file.append([row | measures])
 
 

@@ -76,6 +76,8 @@ def cell(content: dict[str, Any], measure: Measure, engine: str, size: Size, sca
     found = of(rows, measure, engine, size)
     if found is None:
         reason = skip_reason(rows, measure.workload, engine, size)
+        if measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1], simultaneous=False):
+            reason = f"the requests of {size[0]:,} x {size[1]} never decode all at once"
         return f"- {footnotes.mark(f'{engine}: {reason}')}" if reason else ""
     text = shown(found, scale)
     mine = measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1])
@@ -103,18 +105,16 @@ def retrieval_table(content: dict[str, Any]) -> str:
     lines = [
         [
             f"{cost['workload']} {cost['length']:,} x {cost['batch']}",
-            f"{cost['plain_own_ms']:.3f}",
-            f"{cost['own_ms']:.3f}",
-            f"{cost['plain_whole_ms']:.4g}",
-            f"{cost['whole_ms']:.4g}",
+            *("" if cost[name] is None else f"{cost[name]:.3f}" for name in ("plain_own_ms", "own_ms")),
+            *("" if cost[name] is None else f"{cost[name]:.4g}" for name in ("plain_whole_ms", "whole_ms")),
             f"{cost['share_percent']:.2f} %",
             f"{cost['held_percent']:.2f} %",
-            f"{cost['steps']}",
+            f"{cost['steps']} ({cost['matched']})",
         ]
         for cost in retrieval_costs(content["rows"])
     ]
     header = ["", "scheduler's own ms, plain step", "retrieving step", "whole ms, plain step", "retrieving step"]
-    return markdown_table([*header, "retrieval's share", "held", "retrieving steps"], lines) if lines else ""
+    return markdown_table([*header, "retrieval's share", "held", "retrieving steps (compared)"], lines) if lines else ""
 
 
 def section(content: dict[str, Any], path: Path) -> str:

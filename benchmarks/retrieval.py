@@ -18,6 +18,7 @@ import command_line
 from cells import Cell
 from contenders import MEMLONG, WINDOW
 from engine_process import EngineProcess
+from example_text import STRIDE
 from ledger_step import ledger_times
 from measurement_file import MeasurementFile
 from token_times import TokenTimes
@@ -28,35 +29,35 @@ from memlong_vllm.demo_model import demo_checkpoint
 WORKLOADS = ("spread", "aligned")
 SIZES = [(1536, 16), (1536, 64)]
 KINDS = ("plain", "retrieving", "holding", "idle")
-STRIDE = 997
 LEDGER_LENGTH = 8192
 
 
-def by_kind(steps: Sequence[dict[str, Any]], batch: int) -> dict[str, dict[str, Any]]:
-    """Steps of all decoding sequences, by what they did. Times in ms: ``own_ms``, of the scheduler
-    beyond stock vLLM's; ``whole_ms``, until the next step begins. Steps with prompts, and those after the first
-    sequences ended, are left out; in idle steps every sequence waits for an embedding."""
-    kinds: dict[str, dict[str, Any]] = {kind: {"steps": 0, "own_ms": [], "whole_ms": []} for kind in KINDS}
+def by_kind(steps: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Steps that decode, by what they did. ``sequences``: that took part, the others waited or had
+    ended. Times in ms: ``own_ms``, of the scheduler beyond stock vLLM's; ``whole_ms``, until the next
+    step begins. Steps with prompts are left out; in idle steps every sequence waits for an embedding."""
+    kinds: dict[str, dict[str, Any]] = {
+        kind: {"steps": 0, "sequences": [], "own_ms": [], "whole_ms": []} for kind in KINDS
+    }
     for step in steps:
-        if (kind := _kind(step, batch)) is None:
+        if (kind := _kind(step)) is None:
             continue
         own = step["schedule_ms"] - step["stock_ms"] + step.get("update_ms", 0.0) - step.get("stock_update_ms", 0.0)
         kinds[kind]["steps"] += 1
+        kinds[kind]["sequences"].append(step["num_sequences"])
         kinds[kind]["own_ms"].append(round(own, 5))
         kinds[kind]["whole_ms"].append(round(step["whole_ms"], 4))
     return kinds
 
 
-def _kind(step: dict[str, Any], batch: int) -> str | None:
+def _kind(step: dict[str, Any]) -> str | None:
     if not step["num_tokens"]:
         return "idle"
     if step["num_tokens"] > step["num_sequences"]:
         return None
     if step["num_searches"]:
         return "retrieving"
-    if step["num_holds"]:
-        return "holding"
-    return "plain" if step["num_sequences"] == batch else None
+    return "holding" if step["num_holds"] else "plain"
 
 
 def measurement(memory: MemoryConfig) -> Callable[[str, EngineProcess, Cell, int], dict[str, Any]]:
@@ -82,7 +83,7 @@ def measurement(memory: MemoryConfig) -> Callable[[str, EngineProcess, Cell, int
             "simultaneous": result.is_simultaneous,
             "total_s": result.total_s,
             "counters": result.counters,
-            "by_kind": by_kind(result.steps, batch),
+            "by_kind": by_kind(result.steps),
         }
 
     return measure

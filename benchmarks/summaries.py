@@ -92,13 +92,14 @@ def of(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> Spread
 
 
 def ratio(rows: Sequence[Row], measure: Measure, engine: str, other: str, size: Size) -> Spread | None:
-    """Of the medians; low and high are those of single repetitions, in which both were measured in
-    turns."""
+    """Of the medians of the repetitions that both have, in which they took turns; low and high are
+    those of single repetitions."""
     mine, theirs = (by_repetition(rows, measure, name, size) for name in (engine, other))
-    if not mine or not theirs:
+    both = sorted(mine.keys() & theirs.keys())
+    if not both:
         return None
-    pairs = [mine[number] / theirs[number] for number in sorted(mine.keys() & theirs.keys())]
-    middle = statistics.median(mine.values()) / statistics.median(theirs.values())
+    pairs = [mine[number] / theirs[number] for number in both]
+    middle = statistics.median(mine[number] for number in both) / statistics.median(theirs[number] for number in both)
     return Spread(middle, min([middle, *pairs]), max([middle, *pairs]), len(pairs))
 
 
@@ -115,15 +116,10 @@ def skip_reason(rows: Sequence[Row], workload: str, engine: str, size: Size) -> 
 
 
 def loses_to(rows: Sequence[Row], measure: Measure, size: Size, engines: Sequence[str]) -> list[str]:
-    """Alternatives that are better than MemLong, by medians."""
-    mine = of(rows, measure, "memlong", size)
-    if mine is None:
-        return []
+    """Alternatives that are better than MemLong, by the ratio."""
     found = []
     for name in engines:
-        theirs = of(rows, measure, name, size) if name in ALTERNATIVES else None
-        if theirs is None or theirs.median == mine.median:
-            continue
-        if (theirs.median > mine.median) == measure.more_is_better:
+        value = ratio(rows, measure, "memlong", name, size) if name in ALTERNATIVES else None
+        if value is not None and value.median != 1 and (value.median < 1) == measure.more_is_better:
             found.append(name)
     return found

@@ -18,6 +18,7 @@ import command_line
 from cells import QUESTION_TOKENS, Cell
 from contenders import MEMLONG, WINDOW
 from engine_process import EngineProcess
+from example_text import STRIDE
 from token_times import TokenTimes
 
 WORKLOADS = ("prefill", "decode", "document")
@@ -28,7 +29,6 @@ SIZES = {
 }
 DECODED = 160  # More than a segment, so that every sequence retrieves at least once.
 ANSWER = 32
-STRIDE = 997  # Between texts, so that no two chunks of them are alike.
 
 
 def salts(cell: Cell, repetition: int) -> list[str]:
@@ -120,7 +120,7 @@ def main() -> None:
 
     wanted = {workload: answers[workload] for workload in arguments.workloads}
     cells = command_line.cells_of(arguments, wanted, SIZES)
-    command_line.run("throughput", arguments, cells, measure, answers=answers)
+    command_line.run("throughput", arguments, cells, measure, answers=answers, with_known=not arguments.without_known)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class TokenTimes:
         prompt_lens: tokens of each prompt; ``num_cached``: those of them that were not computed.
         times: of each request, when each of its tokens came.
         total_s: until the last token.
-        peak_bytes: the most that was in use at once, by kind.
+        peak_bytes: what was in use, by kind, when most was.
         counters: what the engine counted meanwhile, by name.
         steps: of a vLLM engine that was asked for them, see :mod:`vllm_engine`.
     """
@@ -45,11 +45,11 @@ class TokenTimes:
         some wait for others to end."""
         return self.prompts_s < min(times[-1] for times in self.times)
 
-    def decode_tokens_per_s(self) -> float:
-        """While all requests decode; where they never do, from the first token to the last."""
+    def decode_tokens_per_s(self) -> float | None:
+        """While all requests decode; None where they never do."""
         began, ended = self.prompts_s, min(times[-1] for times in self.times)
         if not self.is_simultaneous:
-            began, ended = min(times[0] for times in self.times), self.total_s
+            return None
         return sum(began < time <= ended for times in self.times for time in times) / (ended - began)
 
     def first_token_s(self) -> list[float]:

@@ -89,8 +89,8 @@ class VllmEngine:
         before = self._counters()
         self._steps.clear()
         result = TokenTimes([len(ids) for ids in token_ids], [0] * len(prompts), [[] for _ in prompts])
-        rows = self._add(token_ids, max_tokens, salts)
         began = time.perf_counter()
+        rows = self._add(token_ids, max_tokens, salts)
         while self._engine.has_unfinished_requests():
             outputs, now = self._engine.step(), time.perf_counter() - began
             for output in outputs:
@@ -98,6 +98,9 @@ class VllmEngine:
                 new = len(output.outputs[0].token_ids) - len(result.times[row])
                 result.times[row] += [now] * new
                 result.num_cached[row] = output.num_cached_tokens or 0
+                if output.finished and len(result.times[row]) < max_tokens:
+                    ended = output.outputs[0]
+                    raise RuntimeError(f"a request failed: {ended.finish_reason} {ended.stop_reason or ''}")
             result.total_s = now
             self._note_bytes(result.peak_bytes)
         result.counters = {name: value - before[name] for name, value in self._counters().items()}
@@ -126,15 +129,15 @@ class VllmEngine:
         return {name: stats[name] for name in COUNTERS}
 
     def _note_bytes(self, peak: dict[str, int]) -> None:
-        """What is in use now. Called in every step, so nothing here may take long."""
+        """What is in use now, if it is more than before. Called in every step, so nothing here may take long."""
         used = {"KV": (self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()) * self._block_bytes}
         if self._is_memlong:
             slots, memories = self._scheduler.ledger.pool, self._scheduler._memories.values()
             used["bank"] = (slots.num_slots - slots.num_available) * self._fixed_bytes["bank"] // slots.num_slots
             used["index"] = sum(memory.retriever.num_index_bytes for memory in memories)
             used |= {name: self._fixed_bytes[name] for name in ("working_set", "staging")}
-        for name, size in used.items():
-            peak[name] = max(size, peak.get(name, 0))
+        if sum(used.values()) > sum(peak.values()):
+            peak.update(used)
 
 
 def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
