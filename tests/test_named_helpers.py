@@ -95,6 +95,7 @@ def test_in_this_process(start_engine: Any, checkpoints: Any, tmp_path: Path) ->
         memlong_vllm.delete_memory(llm, "book")
 
 
+@pytest.mark.slow
 def test_in_processes_of_its_own_by_the_command(checkpoints: Any, tmp_path: Path) -> None:
     """Imports a text into a folder with a model."""
     (tmp_path / "text.txt").write_text(novel()[:3000])
