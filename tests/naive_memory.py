@@ -43,6 +43,7 @@ def configs(draw: st.DrawFn) -> MemoryConfig:
         local_window=chunk * draw(st.integers(stride, stride + 2)),
         retrieval_stride=chunk * stride,
         query_tokens=draw(st.integers(1, 7)),
+        prompt_query_tokens=draw(st.none() | st.integers(1, 7)),
         query_scope=draw(st.sampled_from(["preceding", "current"])),
     )
 
@@ -107,7 +108,8 @@ class Text:
             is_own = self.config.query_scope == "current" and token + stride <= self.prompt_len
             queries.append((token, token + stride) if is_own else (max(0, token - size), token))
         if token == self.prompt_len - 1:
-            queries.append((max(0, self.prompt_len - size), self.prompt_len))
+            asked = self.config.prompt_query_tokens or size
+            queries.append((max(0, self.prompt_len - asked), self.prompt_len))
         return queries
 
     def _retrieve(self, token: int, query: Span, held: dict[int, int]) -> tuple[int, ...]:

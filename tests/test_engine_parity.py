@@ -147,7 +147,7 @@ VARIANTS = {
     "scaled_logits": {"fusion": "scaled_logits"},
     "per_chunk": {"memory_softmax": "chunk"},
     "current": {"query_scope": "current"},
-    "wide_segments": {"retrieval_stride": 48, "query_tokens": 24, "local_window": 96},
+    "wide_segments": {"retrieval_stride": 48, "query_tokens": 24, "prompt_query_tokens": 40, "local_window": 96},
     "current_wide_segments": {"query_scope": "current", "retrieval_stride": 32, "query_tokens": 40},
     "forgetting": {"memory_size": 160},
     "forgetting_wide_segments": {"memory_size": 96, "retrieval_stride": 32},

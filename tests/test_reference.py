@@ -46,7 +46,7 @@ FUSIONS = {
     "joint": {"fusion": "joint", "memory_bias": True},
     "scaled logits": {"fusion": "scaled_logits"},
     "adapter": {"memory_adapter": "linear"},
-    "long segments": {"retrieval_stride": 3 * CHUNK, "query_tokens": 7},
+    "long segments": {"retrieval_stride": 3 * CHUNK, "query_tokens": 7, "prompt_query_tokens": 11},
 }
 
 

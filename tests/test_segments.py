@@ -33,6 +33,7 @@ def cases(draw: st.DrawFn) -> Case:
         local_window=chunk * draw(st.integers(stride, stride + 4)),
         retrieval_stride=chunk * stride,
         query_tokens=draw(st.integers(1, 9)),
+        prompt_query_tokens=draw(st.none() | st.integers(1, 9)),
         query_scope=draw(st.sampled_from(["preceding", "current"])),
     )
     return Case(config, draw(st.integers(1, 50)), draw(st.integers(1, 60)))
@@ -65,7 +66,7 @@ def expected_at(case: Case, token: int) -> list[Retrieval]:
     if token == segment:
         found.append(Retrieval(token, "segment", segment_query(case, segment), num_eligible, origin))
     if token == case.prompt_len - 1:
-        query = (max(0, case.prompt_len - config.query_tokens), case.prompt_len)
+        query = (max(0, case.prompt_len - (config.prompt_query_tokens or config.query_tokens)), case.prompt_len)
         found.append(Retrieval(token, "prompt_end", query, num_eligible, origin))
     return found
 
@@ -121,7 +122,8 @@ def test_preceding_queries_end_before_the_token_that_asks(case: Case) -> None:
             assert retrieval.query[1] <= retrieval.position + (retrieval.kind == "prompt_end")
         start, end = retrieval.query
         assert 0 <= start <= end
-        assert end - start <= max(case.config.query_tokens, case.config.retrieval_stride)
+        asked = case.config.prompt_query_tokens or 0
+        assert end - start <= max(case.config.query_tokens, asked, case.config.retrieval_stride)
 
 
 def paper_like(**fields: object) -> MemoryConfig:

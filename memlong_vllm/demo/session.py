@@ -79,7 +79,7 @@ def start_engine(checkpoint: Path, config: MemLongConfig, num_sequences: int, ma
 
     window_tokens = config.memory.local_window + MAX_STEP_TOKENS + 2 * config.memory.chunk_size
     token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
-    settings = {"trace_file": str(trace), "query_tokens": QUERY_TOKENS}
+    settings = {"trace_file": str(trace), "prompt_query_tokens": QUERY_TOKENS}
     return LLM(
         model=str(checkpoint),
         # "auto" would serve a float32 checkpoint in bfloat16, which many CPUs only emulate.

@@ -17,7 +17,8 @@ from memlong_vllm.evaluation.varied_checkpoint import layers_with_trained_gates
 
 CHECKPOINT = "checkpoint"
 LAYERS = "retrieval_layers"
-NUMBERS = ("top_k", "chunk_size", "local_window", "retrieval_stride", "query_tokens", "memory_layer")
+QUERIES = ("query_tokens", "prompt_query_tokens")
+NUMBERS = ("top_k", "chunk_size", "local_window", "retrieval_stride", *QUERIES, "memory_layer")
 CHOICES = ("query_scope", "fusion", "memory_softmax")
 KEYS = (*NUMBERS, *CHOICES, LAYERS)
 # What gates that were never trained do, by fusion. The joint softmax has none.

@@ -74,6 +74,8 @@ class MemoryConfig:
         local_window: tokens, itself included, a token attends to in every layer.
         retrieval_stride: distance between two retrievals, a multiple of ``chunk_size``.
         query_tokens: length of a query.
+        prompt_query_tokens: length of the further query at a prompt's end, which asks for what answers it;
+            None: ``query_tokens``.
         query_scope: ``"preceding"`` (strictly causal) or ``"current"`` (Eq. 1 of the paper).
         fusion: ``"gated"`` (Eq. 2-5), ``"joint"`` or ``"scaled_logits"`` (the authors' code).
         memory_softmax: ``gated`` only: one softmax over ``"all"`` memory, or one per ``"chunk"``.
@@ -90,6 +92,7 @@ class MemoryConfig:
     local_window: int = 2048
     retrieval_stride: int = 128
     query_tokens: int = 128
+    prompt_query_tokens: int | None = None
     query_scope: Literal["preceding", "current"] = "preceding"
     fusion: Literal["gated", "joint", "scaled_logits"] = "gated"
     memory_softmax: Literal["all", "chunk"] = "all"
@@ -127,6 +130,9 @@ class MemoryConfig:
             if name == "memory_size" and type(self.memory_size) is int and self.memory_size == 0:
                 continue
             _require(_is_count(getattr(self, name)), name, getattr(self, name), "must be a positive integer")
+        length = self.prompt_query_tokens
+        rule = "must be a positive integer or null"
+        _require(length is None or _is_count(length), "prompt_query_tokens", length, rule)
         for name in ("memory_size", "local_window", "retrieval_stride"):
             rule = f"must be a multiple of chunk_size ({self.chunk_size})"
             _require(getattr(self, name) % self.chunk_size == 0, name, getattr(self, name), rule)
@@ -155,6 +161,11 @@ class MemoryConfig:
     def capacity(self) -> int:
         """Chunks a sequence's memory holds at most."""
         return self.memory_size // self.chunk_size
+
+    def prompt_query(self, prompt_len: int) -> tuple[int, int]:
+        """The tokens [start, end) of the query at a prompt's end."""
+        length = self.query_tokens if self.prompt_query_tokens is None else self.prompt_query_tokens
+        return max(0, prompt_len - length), prompt_len
 
     @classmethod
     def from_dict(cls, block: dict[str, Any], num_layers: int) -> MemoryConfig:

@@ -69,9 +69,8 @@ class SequenceMemory:
                 self._store(position // self.config.chunk_size - 1)
             if position % self.config.retrieval_stride == 0:
                 self._retrieve(position, self._segment_query(position))
-            if self.prompt_len is not None and position == self.prompt_len - 1:
-                first = max(0, self.prompt_len - self.config.query_tokens)
-                self._retrieve(position, (first, self.prompt_len))
+            if self._ends_prompt(position):
+                self._retrieve(position, self.config.prompt_query(position + 1))
             if not self.retrieved and not self.retrieved_named:
                 continue
             span = AttendedSpan(position, position + 1, self.retrieved, self.origin, self.retrieved_named)
@@ -80,6 +79,9 @@ class SequenceMemory:
             else:
                 spans.append(span)
         return spans
+
+    def _ends_prompt(self, position: int) -> bool:
+        return self.prompt_len is not None and position == self.prompt_len - 1
 
     def _segment_query(self, segment: int) -> tuple[int, int]:
         end = segment + self.config.retrieval_stride

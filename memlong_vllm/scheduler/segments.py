@@ -56,7 +56,7 @@ class SegmentClock:
             if segment >= start:
                 yield from self._at(segment, "segment", segment, self._segment_query(segment))
             if max(start, segment) <= last_prompt_token < min(end, segment + stride):
-                query = (max(0, self._prompt_len - self._config.query_tokens), self._prompt_len)
+                query = self._config.prompt_query(self._prompt_len)
                 yield from self._at(last_prompt_token, "prompt_end", segment, query)
             segment += stride
 
