@@ -26,7 +26,7 @@ def calibrate(
     """Fit the adapters of the retrieval layers above the memory layer, in place.
 
     Args:
-        num_tokens: how many tokens to fit on, taken from the documents' beginnings in turn.
+        num_tokens: how many tokens to fit on, taken from the documents in turn, behind their first windows.
 
     Returns:
         By layer, the shares of variance that the maps for keys and for values explain.
@@ -39,9 +39,13 @@ def calibrate(
     stack = LayerStack(model, range(memory.memory_layer, layers[-1] + 1))
     with _kept_outputs(model, layers) as made:
         for features, piece in _pieces(documents, num_tokens, memory.local_window):
-            hidden = features.hidden[piece].to(model.device).float()[None]
-            with autocast():
-                stack(hidden, stack.empty(1, hidden))
+            carried = None
+            # The window before goes first: what is remembered had one.
+            before = [slice(piece.start - memory.local_window, piece.start)] if piece.start else []
+            for part in (*before, piece):
+                hidden = features.hidden[part].to(model.device).float()[None]
+                with autocast():
+                    _, carried = stack(hidden, carried or stack.empty(1, hidden))
             stored = torch.cat([features.keys[piece], features.values[piece]], dim=-1)
             sums.add(stored, torch.cat([made[n, kind][0] for n in layers for kind in _KINDS], dim=-1).cpu())
     maps, explained = sums.fit(RIDGE), {}
@@ -57,8 +61,10 @@ def calibrate(
 def _pieces(
     documents: Sequence[DocumentFeatures], num_tokens: int, window: int
 ) -> Iterator[tuple[DocumentFeatures, slice]]:
-    """A window of each document, then the next window of each, until there are enough tokens."""
-    first, left = 0, num_tokens
+    """The second window of each document, then the third of each, until there are enough tokens; the first
+    if none has two."""
+    first = window if any(features.hidden.shape[0] >= 2 * window for features in documents) else 0
+    left = num_tokens
     while left > 0:
         long_enough = [features for features in documents if features.hidden.shape[0] >= first + window]
         if not long_enough:
