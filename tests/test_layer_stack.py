@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
-from memlong_vllm.training.features import DocumentFeatures
+from memlong_vllm.reference.modeling_memlong import MemLongCache, MemLongForCausalLM
+from memlong_vllm.training.features import DocumentFeatures, TextMemory
 from memlong_vllm.training.segment_memory import SegmentMemory
 from memlong_vllm.training.streams import SegmentReader, Streams
 from memlong_vllm.training.upper_half import UpperHalf
@@ -28,11 +29,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def nll_of_training(folder: Path, cache: Path, tokens: list[int], sizes: tuple[int, ...]) -> list[torch.Tensor]:
+def nll_of_training(
+    folder: Path, cache: Path, tokens: list[int], sizes: tuple[int, ...], questions: tuple[int, ...] = ()
+) -> list[torch.Tensor]:
     """Per-token negative log-likelihood of documents read side by side, in segments of 64 tokens."""
     model = MemLongForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     frozen, upper = frozen_half(folder, model, cache), UpperHalf(model).eval()
-    features = [frozen.features(document) for document in documents(tokens, sizes)]
+    texts = [replace(document, questions=questions) for document in documents(tokens, sizes)]
+    features = [frozen.features(document) for document in texts]
     reader = SegmentReader(model.config.memory, 64, model.config.head_dim, with_memory=True)
     parts: list[list[torch.Tensor]] = [[] for _ in features]
     carried = None
@@ -57,6 +61,28 @@ def test_equals_the_reference(name: str, checkpoints: Checkpoints, tokens: list[
         without = -reference.logprobs(list(document.token_ids), prompt_len=None, with_memory=False)[: len(nll) - 1]
         torch.testing.assert_close(nll[: len(wanted)], wanted, atol=2e-5, rtol=0)
         assert (wanted - without).abs().max() > 1e-2  # Memory does matter here.
+
+
+@pytest.mark.parametrize("fusion", ["gated", "joint", "scaled_logits"])
+def test_memory_is_read_from_a_question_on(
+    fusion: str, checkpoints: Checkpoints, tokens: list[int], tmp_path: Path
+) -> None:
+    """One question opens a stride, and what follows is what follows a prompt; one ends within another."""
+    folder, questions = checkpoints.memlong(fusion=fusion, prompt_query_tokens=5), (256, 298)
+    (found,) = nll_of_training(folder, tmp_path, tokens, (320,), questions)
+    (document,), reference = documents(tokens, (320,)), Reference(folder)
+    memory = reference.model.config.memory
+    reads = TextMemory(memory, reference.embed, questions)
+    cache = MemLongCache(reference.model.config.num_hidden_layers, memory.local_window, reads)
+    with torch.inference_mode():
+        logits = reference.model(torch.tensor([document.token_ids]), past_key_values=cache).logits[0].log_softmax(-1)
+    wanted = -logits[torch.arange(319), document.token_ids[1:]]
+    torch.testing.assert_close(found[:319], wanted, atol=2e-5, rtol=0)
+    as_text, as_prompt = (
+        -reference.logprobs(list(document.token_ids), prompt_len=prompt_len) for prompt_len in (None, 257)
+    )
+    torch.testing.assert_close(found[:272], as_prompt[:272], atol=2e-5, rtol=0)
+    assert (as_text[256:272] - as_prompt[256:272]).abs().max() > 1e-2
 
 
 def test_checkpointing_gives_the_same_gradients(checkpoints: Checkpoints, tokens: list[int], tmp_path: Path) -> None:

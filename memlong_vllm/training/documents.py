@@ -21,11 +21,14 @@ class Document:
         name: for logs and provenance.
         token_ids: the tokens.
         loss_weights: one a token, how much predicting it counts; None: all count 1.
+        questions: where the last tokens of questions are, at most one a retrieval stride; what follows reads
+            what is retrieved for it as at a prompt's end.
     """
 
     name: str
     token_ids: tuple[int, ...]
     loss_weights: tuple[float, ...] | None = None
+    questions: tuple[int, ...] = ()
 
 
 def find_texts(patterns: Sequence[str]) -> list[Path]:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from memlong_vllm.config import MemoryConfig
 from memlong_vllm.memories.fingerprint import model_fingerprint
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
-from memlong_vllm.reference.retrieval import AttendedSpan, SequenceMemory
+from memlong_vllm.reference.retrieval import AttendedSpan, Embed, SequenceMemory
 from memlong_vllm.training.documents import Document
 from memlong_vllm.training.layer_stack import LayerStack
 
@@ -32,6 +33,19 @@ EmbedTexts = Callable[[list[str]], np.ndarray]
 
 
 @dataclass(frozen=True)
+class StrideMemory:
+    """What the tokens of one retrieval stride attend to.
+
+    Attributes:
+        chunk_ids: ascending.
+        first: the first token of the stride that does; 0 but where a question ends within it.
+    """
+
+    chunk_ids: tuple[int, ...]
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class DocumentFeatures:
     """A document as the trained half sees it. T tokens, a whole number of retrieval strides.
 
@@ -39,14 +53,34 @@ class DocumentFeatures:
         document: the text.
         hidden: [T, hidden_size], what goes into the memory layer.
         keys, values: [T, R·d], un-rotated, of the memory layer.
-        spans: one a retrieval stride: chunk ids that its tokens attend to, ascending.
+        spans: one a retrieval stride.
     """
 
     document: Document
     hidden: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    spans: tuple[tuple[int, ...], ...]
+    spans: tuple[StrideMemory, ...]
+
+
+class TextMemory(SequenceMemory):
+    """Of a text with questions in it, at most one a retrieval stride, each of which is retrieved for as at
+    a prompt's end. Before it, its stride reads nothing: a stride has one set."""
+
+    def __init__(self, config: MemoryConfig, embed: Embed, questions: Sequence[int]) -> None:
+        super().__init__(config, embed)
+        self._questions = {question // config.retrieval_stride: question for question in questions}
+        if len(self._questions) < len(questions):
+            raise ValueError("two questions in one retrieval stride")
+
+    def _ends_prompt(self, position: int) -> bool:
+        return self._questions.get(position // self.config.retrieval_stride) == position
+
+    def _retrieve(self, position: int, query: tuple[int, int]) -> None:
+        if self._questions.get(position // self.config.retrieval_stride, -1) > position:
+            self.retrieved = ()
+        else:
+            super()._retrieve(position, query)
 
 
 class FrozenHalf:
@@ -90,7 +124,7 @@ class FrozenHalf:
         token_ids = document.token_ids[:count]
         digest = hashlib.sha256(np.asarray(token_ids, np.int64).tobytes()).hexdigest()
         lower = self._kept("lower", [*self._lower_key, digest], lambda: self._run_lower(token_ids))
-        spans = self._spans(token_ids, digest)
+        spans = self._spans(token_ids, [position for position in document.questions if position < count], digest)
         return DocumentFeatures(document, lower["hidden"], lower["keys"], lower["values"], spans)
 
     def _kept(
@@ -123,16 +157,20 @@ class FrozenHalf:
                     kept.append(tensor[0].to("cpu", self.dtype))
         return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
-    def _spans(self, token_ids: Sequence[int], digest: str) -> tuple[tuple[int, ...], ...]:
+    def _spans(self, token_ids: Sequence[int], questions: list[int], digest: str) -> tuple[StrideMemory, ...]:
         """What each stride attends to. Sets depend on the text alone (section 2 of the semantics)."""
         size, stride = self.config.chunk_size, self.config.retrieval_stride
         settings = [self.config.top_k, self.config.memory_size, self.config.local_window, stride, size]
         settings += [self.config.query_tokens, self.config.query_scope]
-        key = [*self._retriever_key, *settings, digest]
-        kept = self._kept("spans", key, lambda: {"chunk_ids": self._retrieve(token_ids, digest)})["chunk_ids"]
-        return tuple(tuple(chunk for chunk in row if chunk >= 0) for row in kept.tolist())
+        key = [*self._retriever_key, *settings, self.config.prompt_query_tokens, questions, digest]
+        kept = self._kept("spans", key, lambda: {"chunk_ids": self._retrieve(token_ids, questions, digest)})
+        first = {question // stride: question % stride for question in questions}
+        return tuple(
+            StrideMemory(tuple(chunk for chunk in row if chunk >= 0), first.get(number, 0))
+            for number, row in enumerate(kept["chunk_ids"].tolist())
+        )
 
-    def _retrieve(self, token_ids: Sequence[int], digest: str) -> torch.Tensor:
+    def _retrieve(self, token_ids: Sequence[int], questions: list[int], digest: str) -> torch.Tensor:
         """[strides, top_k] chunk ids, -1 where there are fewer."""
         size, stride = self.config.chunk_size, self.config.retrieval_stride
         chunks = [tuple(token_ids[c : c + size]) for c in range(0, len(token_ids) - size + 1, size)]
@@ -145,7 +183,7 @@ class FrozenHalf:
                 known[tuple(ids)] = self._embed([tuple(ids)])[0]
             return known[tuple(ids)]
 
-        spans = SequenceMemory(self.config, embed).extend(token_ids)
+        spans = TextMemory(self.config, embed, questions).extend(token_ids)
         rows = torch.full((len(token_ids) // stride, self.config.top_k), -1, dtype=torch.int32)
         for span in spans:
             _fill(rows, span, stride)

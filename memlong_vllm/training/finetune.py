@@ -143,9 +143,10 @@ def _identity(
     valid: Sequence[Document],
     num_processes: int,
 ) -> dict[str, Any]:
-    """What makes a run this run; steps may be added to a finished one."""
+    """What makes a run this run; steps may be added to a finished one, unless its rate depends on them."""
+    free = ("save_every", "steps") if settings.schedule == "constant" else ("save_every",)
     return {
-        "settings": {name: value for name, value in settings.to_dict().items() if name not in ("steps", "save_every")},
+        "settings": {name: value for name, value in settings.to_dict().items() if name not in free},
         "num_processes": num_processes,
         "base": base.digest,
         "retriever": embedder_digest(_retriever(job, model), str(job.model)),
@@ -157,7 +158,9 @@ def _identity(
 
 
 def _describe(document: Document) -> str:
-    digest = hashlib.sha256(json.dumps([document.token_ids, document.loss_weights]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps([document.token_ids, document.loss_weights, document.questions]).encode()
+    ).hexdigest()
     return f"{document.name} ({len(document.token_ids)} tokens, {digest[:12]})"
 
 

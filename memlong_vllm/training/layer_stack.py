@@ -153,7 +153,7 @@ class LayerStack(nn.Module):
         origins = origins.repeat(keys.shape[0] // len(origins))
         # YaRN's attention scaling is in the tables. It applies to queries, not to stored keys.
         cos, sin = (table[0, origins][:, None] / self.rotary.attention_scaling for table in rotary)
-        return Attended(rotate(keys, cos, sin), values, memory_mask(memory.num_tokens, keys.shape[2]))
+        return Attended(rotate(keys, cos, sin), values, memory_mask(memory, span, self.group))
 
 
 def rotate(tensor: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

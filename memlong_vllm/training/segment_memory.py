@@ -14,11 +14,18 @@ class SegmentMemory:
     Attributes:
         keys, values: [N, R, M, d], un-rotated, of the memory layer.
         num_tokens: [N], how many of the M tokens are there; the rest is padding.
+        first: [N], the first token of each span that reads; those before have no memory.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     num_tokens: torch.Tensor
+    first: torch.Tensor
+
+    def to(self, device: torch.device) -> SegmentMemory:
+        return SegmentMemory(
+            self.keys.to(device), self.values.to(device), self.num_tokens.to(device), self.first.to(device)
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.reference.modeling_memlong import MemLongAttention
+from memlong_vllm.training.segment_memory import SegmentMemory
 
 
 def local_mask(num_carried: torch.Tensor, num_spans: int, span: int, window: int, group: int) -> torch.Tensor:
@@ -38,10 +39,15 @@ def local_mask(num_carried: torch.Tensor, num_spans: int, span: int, window: int
     return mask.repeat(1, group, 1)[:, None]
 
 
-def memory_mask(num_tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """0 where there is a memory token, -inf where there is padding: [N, 1, 1, M] float32."""
-    absent = torch.arange(length, device=num_tokens.device) >= num_tokens[:, None]
-    return torch.zeros(absent.shape, device=num_tokens.device).masked_fill(absent, float("-inf"))[:, None, None]
+def memory_mask(memory: SegmentMemory, span: int, group: int) -> torch.Tensor:
+    """0 where a token reads a memory token, -inf where that is padding or the token reads none: float32,
+    [N, 1, 1, M], or [N, 1, g·S, M] if spans differ in themselves."""
+    device, length = memory.keys.device, memory.keys.shape[2]
+    absent = (torch.arange(length, device=device) >= memory.num_tokens[:, None])[:, None]
+    if bool((memory.first > 0).any()):
+        absent = absent | (torch.arange(span, device=device) < memory.first[:, None])[:, :, None]
+        absent = absent.repeat(1, group, 1)
+    return torch.zeros(absent.shape, device=device).masked_fill(absent, float("-inf"))[:, None]
 
 
 def fold(query: torch.Tensor, num_kv_heads: int, span: int) -> torch.Tensor:
@@ -92,7 +98,7 @@ class Attended:
 
     @property
     def present(self) -> torch.Tensor:
-        """Whether there is anything at all, [N, 1, 1, 1]; padding is always at the end."""
+        """Whether there is anything at all, [N, 1, 1 or g·S, 1]; padding is always at the end."""
         return self.mask[..., :1] == 0
 
 

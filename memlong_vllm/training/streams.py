@@ -33,9 +33,7 @@ class SegmentBatch:
     restarts: torch.Tensor
 
     def to(self, device: torch.device) -> SegmentBatch:
-        memory = self.memory and SegmentMemory(
-            self.memory.keys.to(device), self.memory.values.to(device), self.memory.num_tokens.to(device)
-        )
+        memory = self.memory and self.memory.to(device)
         moved = (tensor.to(device) for tensor in (self.hidden, self.labels, self.weights))
         hidden, labels, weights = moved
         return SegmentBatch(hidden, labels, weights, memory, self.restarts.to(device))
@@ -79,19 +77,19 @@ class SegmentReader:
     def _memory(self, places: Sequence[tuple[DocumentFeatures, int]]) -> SegmentMemory | None:
         num_spans = self.segment_tokens // self.config.retrieval_stride
         sets = [
-            (features, chunk_ids)
+            (features, span)
             for features, segment in places
-            for chunk_ids in features.spans[segment * num_spans : (segment + 1) * num_spans]
+            for span in features.spans[segment * num_spans : (segment + 1) * num_spans]
         ]
-        longest = max(len(chunk_ids) for _, chunk_ids in sets)
+        longest = max(len(span.chunk_ids) for _, span in sets)
         if longest == 0:
             return None
-        num_tokens = torch.tensor([len(chunk_ids) * self.config.chunk_size for _, chunk_ids in sets])
+        num_tokens = torch.tensor([len(span.chunk_ids) * self.config.chunk_size for _, span in sets])
         keys, values = (
-            torch.stack([self._gather(getattr(features, name), ids, longest) for features, ids in sets])
+            torch.stack([self._gather(getattr(features, name), span.chunk_ids, longest) for features, span in sets])
             for name in ("keys", "values")
         )
-        return SegmentMemory(keys, values, num_tokens)
+        return SegmentMemory(keys, values, num_tokens, torch.tensor([span.first for _, span in sets]))
 
     def _gather(self, stored: torch.Tensor, chunk_ids: Sequence[int], num_chunks: int) -> torch.Tensor:
         """Chunks of [T, R·d] as [R, num_chunks · chunk_size, d], padded with zeros."""

@@ -83,4 +83,4 @@ def validate(
 
 def _has_memory(features: DocumentFeatures, stride: int) -> torch.Tensor:
     """[T] bool: whether something was retrieved for the token."""
-    return torch.tensor([len(chunk_ids) > 0 for chunk_ids in features.spans]).repeat_interleave(stride)
+    return torch.tensor([len(span.chunk_ids) > 0 for span in features.spans]).repeat_interleave(stride)

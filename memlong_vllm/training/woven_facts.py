@@ -29,6 +29,7 @@ _NAMED = ("horse", "dog", "ship", "cottage", "favourite song", "birthplace", "ol
 _WORDS = ("Amber", "Beacon", "Cinder", "Dover", "Elm", "Falcon", "Garnet", "Heron", "Ivory", "Juniper", "Kestrel",
           "Lantern", "Marble", "Nectar", "Onyx", "Pepper", "Quartz", "Raven", "Saffron", "Thistle", "Umber",
           "Velvet", "Willow", "Yew", "Zephyr", "Bramble", "Copper", "Drake", "Ember", "Fern")  # fmt: skip
+_KEYS = ("pass key", "secret code", "combination of the safe", "watchword", "number of the account")
 # What stands around an inserted sentence: a paragraph of its own, or the running text.
 _SETTINGS = (("\n\n", "\n\n"), (" ", ""))
 
@@ -42,11 +43,12 @@ class Fact:
     answer: str
 
 
-def passkey(draw: random.Random) -> Fact:
-    """The usual test's wording (Mohtashami and Jaggi, 2023)."""
+def passkey(draw: random.Random, name: str) -> Fact:
+    """The usual test's wording (Mohtashami and Jaggi, 2023), also of other keys than the pass key."""
     key = _number(draw)
-    statement = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return Fact(statement, "What is the pass key? The pass key is", f" {key}")
+    return Fact(
+        f"The {name} is {key}. Remember it. {key} is the {name}.", f"What is the {name}? The {name} is", f" {key}"
+    )
 
 
 def make_fact(draw: random.Random) -> Fact:
@@ -101,7 +103,8 @@ class _Weaver:
     weights: list[float] = field(default_factory=list)
     taken: int = 0
     facts: list[_Stated] = field(default_factory=list)
-    with_passkey: bool = False
+    questions: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=lambda: list(_KEYS))
 
     def add(self, token_ids: Sequence[int], weight: float) -> None:
         self.token_ids += token_ids
@@ -112,10 +115,13 @@ class _Weaver:
         self.taken += count
 
     def out_of_sight(self) -> list[_Stated]:
-        """Facts that no token of the next two segments sees in its window."""
+        """Facts that no token of the next two segments sees in its window, and that memory has not forgotten."""
         memory = self.memory
         distance = memory.local_window + memory.chunk_size
-        return [stated for stated in self.facts if len(self.token_ids) - stated.last_seen > distance]
+        is_complete = len(self.prose) <= memory.memory_size
+        remembered = len(self.prose) if is_complete else memory.memory_size // 2
+        ages = [(stated, len(self.token_ids) - stated.last_seen) for stated in self.facts]
+        return [stated for stated, age in ages if distance < age < remembered]
 
     def insert(self) -> None:
         """State something, or ask for something that is out of sight, or repeat a passage."""
@@ -130,29 +136,35 @@ class _Weaver:
             self._state()
 
     def _state(self) -> None:
-        is_passkey = not self.with_passkey and self.draw.random() < 0.3
-        fact = passkey(self.draw) if is_passkey else make_fact(self.draw)
+        if self.keys and self.draw.random() < 0.3:
+            fact = passkey(self.draw, self.keys.pop(self.draw.randrange(len(self.keys))))
+        else:
+            fact = make_fact(self.draw)
         while any(stated.fact.question == fact.question for stated in self.facts):
             fact = make_fact(self.draw)  # A question has one answer.
-        self.with_passkey |= is_passkey
         before, after = self.draw.choice(_SETTINGS)
         self.add(self.encode(before + fact.statement + after), 0.0)
         self.facts.append(_Stated(fact, len(self.token_ids)))
 
     def _ask(self, stated: _Stated) -> None:
-        """The question's last token is the first of a retrieval segment, so what is retrieved there
-        is retrieved with the question as the query, as at a prompt's end."""
+        """The question ends anywhere in a retrieval stride, as prompts do."""
         before, _ = self.draw.choice(_SETTINGS)
         question, answer = self.encode(before + stated.fact.question), self.encode(stated.fact.answer)
         stride = self.memory.retrieval_stride
-        end = -(-(len(self.token_ids) + len(question) - 1) // stride) * stride + 1
-        self.add_prose(end - len(question) - len(self.token_ids))
+        end = len(self.token_ids) + len(question) - 1 + self.draw.randrange(stride)
+        if self.questions and end // stride == self.questions[-1] // stride:
+            end = (end // stride + 1) * stride
+        self.add_prose(end + 1 - len(question) - len(self.token_ids))
         self.add(question, 0.0)
+        self.questions.append(end)
         # The full stop counts as well: where an answer ends has to be learned, too.
         self.add(answer + self.encode("."), self.recipe.answer_weight)
         stated.last_seen = len(self.token_ids)
 
     def _repeat(self, first: int, length: int) -> None:
+        for stated in self.facts:
+            if first < stated.last_seen <= first + length:
+                stated.last_seen = len(self.token_ids) + length
         passage = self.token_ids[first : first + length]
         self.add(passage[: length // 2], 0.0)
         self.add(passage[length // 2 :], 1.0)
@@ -171,4 +183,5 @@ def weave(document: Document, encode: Encode, memory: MemoryConfig, recipe: Weav
     while len(weaver.token_ids) < length:
         weaver.add_prose(round(min(4 * recipe.gap, max(16.0, draw.expovariate(1 / recipe.gap)))))
         weaver.insert()
-    return Document(document.name, tuple(weaver.token_ids[:length]), tuple(weaver.weights[:length]))
+    questions = tuple(position for position in weaver.questions if position < length)
+    return Document(document.name, tuple(weaver.token_ids[:length]), tuple(weaver.weights[:length]), questions)
