@@ -89,6 +89,7 @@ def model_specs(
     if control is not None:
         config = read_config(control, "--control")
         kind: Kind = "memlong" if "memlong" in config else "plain"
+        check_control(control, config, main)
         specs.append(deployed(ModelSpec(CONTROL, control, control, kind, main.window, config=config), memlong))
     if random_retrieval:
         specs.append(ModelSpec(RANDOM, main.path, main.source, "memlong", main.window, True, main.config))
@@ -123,6 +124,18 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
         raise EvaluationError(f"{option} {path} is no folder with a model: its config.json {error}") from error
 
 
+def check_control(path: Path, config: Mapping[str, Any], main: ModelSpec) -> None:
+    """Raises:
+    EvaluationError: if the model was trained with memory, or has another window.
+    """
+    training = (config.get("memlong_adapter") or {}).get("training", {})
+    if training.get("settings", {}).get("with_memory"):
+        raise EvaluationError(f"--control {path} was trained with memory: train it with finetune --no-memory")
+    window = config.get("memlong", {}).get("local_window", main.window)
+    if window != main.window:
+        raise EvaluationError(f"--control {path} has a local window of {window}, --model one of {main.window}")
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint folder, of MemLong or of a plain Llama model."""
     is_memlong = "memlong" in json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -152,7 +165,6 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
     trained = spec.config.get("backbone_max_position_embeddings") or spec.reach
     return {
         "name": model_name(spec.source),
-        "path": str(spec.source),
         "attention": "memory" if spec.kind == "memlong" else "full" if spec.window is None else "window",
         "random_retrieval": spec.random_retrieval,
         "group": spec.group,
@@ -161,8 +173,15 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         "trained_length": trained,
         "memlong": block if spec.kind == "memlong" else None,
         "adapter": merged_adapter(spec.config.get("memlong_adapter")),
+        "is_stripped": is_stripped(spec),
         "digest": checkpoint_digest(spec.source),
     }
+
+
+def is_stripped(spec: ModelSpec) -> bool:
+    """Whether a baseline's weights were trained with a memory that was taken away, which flatters the memory."""
+    settings = ((spec.config.get("memlong_adapter") or {}).get("training") or {}).get("settings", {})
+    return spec.kind == "plain" and bool(settings.get("with_memory"))
 
 
 def model_name(folder: Path) -> str:
@@ -183,10 +202,10 @@ def merged_adapter(block: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 of the configuration and of every byte of the weights, so that a checkpoint trained
-    further under the same name is told apart."""
+    """SHA-256 of the configuration and of every byte of the weights, those of a retriever within the folder
+    included, so that a checkpoint trained further under the same name is told apart."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for file in [folder / "config.json", *sorted(folder.rglob("*.safetensors"))]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from memlong_vllm.evaluation.reports import Line, line_name, line_style, lines_of, main_line, markdown_table
 from memlong_vllm.evaluation.statistics import mean, standard_error
+
+Place = tuple[str, int]
+"""(text, window)"""
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Cell:
 
     Attributes:
         nll: mean over texts, each of them the mean of its windows, in nats a token.
-        difference: mean over texts of this cell's nll less the base's on the same text; the base is
-            the main model with its largest memory. None for texts that the base was not run on.
+        difference: mean over texts of this cell's nll less the base's on the same windows; the base is
+            the main model with its largest memory. None if the base was run on none of them.
         num_paired: texts that ``difference`` is of.
     """
 
@@ -38,18 +41,25 @@ class Cell:
         return math.exp(self.nll)
 
 
+def by_text(values: Mapping[Place, float]) -> list[float]:
+    """Means of the stretches of each text."""
+    texts: dict[str, list[float]] = defaultdict(list)
+    for text, window in sorted(values):
+        texts[text].append(values[text, window])
+    return [mean(of_text) for of_text in texts.values()]
+
+
 def summarise(content: dict[str, Any]) -> list[Cell]:
     """Every line at every length there are rows of."""
-    windows: dict[tuple[Line, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[Line, int], dict[Place, float]] = defaultdict(dict)
     for row in content["rows"]:
-        windows[(row["model"], row["memory_size"]), row["length"]][row["text"]].append(row["nll"])
-    texts = {key: {text: mean(nlls) for text, nlls in by_text.items()} for key, by_text in windows.items()}
+        found[(row["model"], row["memory_size"]), row["length"]][row["text"], row["window"]] = row["nll"]
     base, cells = main_line(content), []
     for line in lines_of(content["rows"], list(content["models"])):
-        for length in sorted({length for found, length in texts if found == line}):
-            mine, other = texts[line, length], texts.get((base, length), {})
-            paired = [mine[text] - other[text] for text in sorted(mine.keys() & other.keys())]
-            values = list(mine.values())
+        for length in sorted({length for other, length in found if other == line}):
+            mine, other = found[line, length], found.get((base, length), {})
+            paired = by_text({place: mine[place] - other[place] for place in mine.keys() & other.keys()})
+            values = by_text(mine)
             difference = mean(paired) if paired else None
             error, paired_error = standard_error(values), standard_error(paired)
             cells.append(Cell(line, length, len(values), mean(values), error, difference, paired_error, len(paired)))

@@ -47,6 +47,8 @@ class Recall:
         trials: prompts of every kind, length and depth. Each has a key and a stretch of prose of
             its own, so that rows are independent of each other, as the intervals suppose.
         min_distance: tokens between needle and prompt's end at least.
+        stride: prompts are shorter than their length by less than this, so that they end anywhere
+            between two retrievals, as prompts do.
     """
 
     tokenizer: Any
@@ -60,6 +62,7 @@ class Recall:
     top_k: int | None
     num_keys: int
     min_distance: int
+    stride: int
     seed: int
     command: str = "recall"
     key: tuple[str, ...] = ("model", "kind", "length", "depth", "trial", "memory_size")
@@ -77,7 +80,7 @@ class Recall:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def settings(self) -> dict[str, Any]:
-        names = ("kinds", "lengths", "depths", "trials", "num_keys", "min_distance", "seed")
+        names = ("kinds", "lengths", "depths", "trials", "num_keys", "min_distance", "stride", "seed")
         return {name: getattr(self, name) for name in names} | {
             "depths_measured": {str(length): self.depths_at(length) for length in self.lengths},
             "texts": {text.name: text.digest for text in self.texts},
@@ -99,6 +102,7 @@ class Recall:
         """
         draw = random.Random(f"{self.seed} {kind} {length} {depth} {trial}")
         prose = self.proses[trial % len(self.proses)]
+        length -= draw.randrange(self.stride)
         try:
             return recall_prompt(kind, self.encode, prose, length, depth, draw, self.min_distance, self.num_keys)
         except MaterialError as error:
@@ -138,6 +142,7 @@ class Recall:
             is_retrieved = not set(answer.retrieved).isdisjoint(range(start // size, (end - 1) // size + 1))
         return {
             "text": self.texts[item.row["trial"] % len(self.texts)].name,
+            "tokens": len(item.prompt.token_ids),
             "expected": asked.expected,
             "answer": text,
             "correct": digits is not None and digits.group() == asked.expected,
@@ -214,6 +219,7 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
         top_k=arguments.top_k,
         num_keys=arguments.keys,
         min_distance=0 if arguments.allow_window else block["local_window"] + block["chunk_size"],
+        stride=block["retrieval_stride"],
         seed=arguments.seed,
     )
     say_what_is_left_out(task)

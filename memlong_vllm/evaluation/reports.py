@@ -90,9 +90,10 @@ def _model(description: dict[str, Any]) -> str:
         "full": f"full attention, trained on {description['trained_length']} tokens",
         "window": f"sliding window of {description['local_window']} alone",
     }
-    return f"{name}, {kinds[description['attention']]}" + (
-        ", chunks chosen by chance" if description["random_retrieval"] else ""
-    )
+    notes = ", chunks chosen by chance" if description["random_retrieval"] else ""
+    if description.get("is_stripped"):
+        notes += "; its weights were trained with the memory that it does not have here, so the fair one is --backbone"
+    return f"{name}, {kinds[description['attention']]}{notes}"
 
 
 def lines_of(rows: Sequence[Row], labels: Sequence[str]) -> list[Line]:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 from tqdm import tqdm
 
-from memlong_vllm.cli.model_argument import resolve_model
+from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import DeploymentConfig
 from memlong_vllm.evaluation.models import BASELINES, ModelSpec, deployed, describe, model_specs
 from memlong_vllm.evaluation.opening import open_scorer
@@ -96,6 +96,12 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def json_file(text: str) -> Path:
+    if Path(text).suffix != ".json":
+        raise argparse.ArgumentTypeError(f"{text!r} must end with .json: a table and a plot are put beside it")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
@@ -110,7 +116,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     _add_running_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output", type=Path, required=True, metavar="JSON", help="results; the same command again completes them"
+        "--output", type=json_file, required=True, metavar="JSON", help="results; the same command again completes them"
     )
     output.add_argument(
         "--overwrite", action="store_true", help="discard what is in --output, once there is something to put there"
@@ -122,18 +128,16 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--model", required=True, help="MemLong checkpoint: a folder, a hub name that was downloaded before, or 'demo'"
     )
-    models.add_argument(
-        "--control", type=Path, metavar="DIR", help="the same training without memory; run with memory off"
-    )
+    models.add_argument("--control", metavar="MODEL", help="the same training without memory; run with memory off")
     models.add_argument(
         "--baselines", nargs="+", choices=BASELINES, default=[], metavar="KIND",
         help="'full': the backbone with full attention, also past the length it was trained on; 'window': with "
         "the model's local window alone",
     )  # fmt: skip
     models.add_argument(
-        "--backbone", type=Path, metavar="DIR",
-        help="what baselines are made of (default: the model's own weights without memory parameters; name the "
-        "true base if the model's other weights were trained as well)",
+        "--backbone", metavar="MODEL",
+        help="what baselines are made of, for example 'demo-base' (default: the model's own weights without memory "
+        "parameters; name the true base if the model's other weights were trained as well)",
     )  # fmt: skip
     models.add_argument(
         "--random-retrieval", action="store_true", help="also run the model with as many chunks chosen by chance"
@@ -175,17 +179,34 @@ def specs_of(arguments: argparse.Namespace) -> list[ModelSpec]:
     check_memlong(arguments.engine, arguments.memlong)
     specs = model_specs(
         resolve_model(arguments.model),
-        arguments.control,
+        resolved("--control", arguments.control),
         arguments.baselines,
-        arguments.backbone,
+        resolved("--backbone", arguments.backbone),
         arguments.random_retrieval,
         arguments.memlong,
     )
     for varied in arguments.vary:
         if varied.key in arguments.memlong or (varied.key == "top_k" and arguments.top_k is not None):
             raise EvaluationError(f"--vary {varied.key} and another option that sets it for all models: drop either")
-    variants = variant_specs(specs[0], arguments.vary, arguments.variant, [spec.label for spec in specs])
+    checkpoints = [(label, resolved(f"--variant {label}", text)) for label, text in arguments.variant]
+    variants = variant_specs(specs[0], arguments.vary, checkpoints, [spec.label for spec in specs])
     return specs + [deployed(spec, arguments.memlong) for spec in variants]
+
+
+@overload
+def resolved(option: str, text: None) -> None: ...
+@overload
+def resolved(option: str, text: str) -> Path: ...
+def resolved(option: str, text: str | None) -> Path | None:
+    """The folder of another model than ``--model``, which may be called all that that may.
+
+    Raises:
+        EvaluationError: naming the option.
+    """
+    try:
+        return None if text is None else resolve_model(text)
+    except ModelArgumentError as error:
+        raise EvaluationError(f"{option} {error}") from error
 
 
 def check_memlong(engine: str, memlong: dict[str, Any]) -> None:

@@ -49,12 +49,12 @@ def variation(text: str) -> Variation:
     return Variation(key, parts)
 
 
-def named_checkpoint(text: str) -> tuple[str, Path]:
+def named_checkpoint(text: str) -> tuple[str, str]:
     """An argument such as ``joint=/path/to/checkpoint``."""
     label, separator, path = text.partition("=")
     if not separator or not path or not LABEL.fullmatch(label):
         raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=DIR, with a label of letters, digits and _ . + -")
-    return label, Path(path)
+    return label, path
 
 
 def add_variant_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def add_variant_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the model with another value of {', '.join(KEYS)}; layers as 13+17+21 or 13-25. May be repeated",
     )  # fmt: skip
     group.add_argument(
-        "--variant", type=named_checkpoint, action="append", default=[], metavar="LABEL=DIR",
+        "--variant", type=named_checkpoint, action="append", default=[], metavar="LABEL=MODEL",
         help="another checkpoint, for example one trained with another fusion. May be repeated",
     )  # fmt: skip
 
