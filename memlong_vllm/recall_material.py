@@ -126,11 +126,18 @@ def _wording(kind: str, draw: random.Random, num_keys: int) -> tuple[list[str], 
     raise MaterialError(f"kind {kind!r}: must be one of {KINDS}")
 
 
+def key_note(key: str, name: str = "pass key") -> str:
+    """The usual test's wording (Mohtashami and Jaggi, 2023), also of keys of another name."""
+    return f"The {name} is {key}. Remember it. {key} is the {name}."
+
+
+def key_question(name: str = "pass key") -> str:
+    return f"What is the {name}? The {name} is"
+
+
 def _passkey(draw: random.Random) -> tuple[list[str], str, str]:
-    """In the usual wording (Mohtashami and Jaggi, 2023)."""
     key = _five_digits(draw)
-    needle = f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
-    return [needle], "\n\nWhat is the pass key? The pass key is", key
+    return [f"\n\n{key_note(key)}\n\n"], f"\n\n{key_question()}", key
 
 
 def _multikey(draw: random.Random, num_keys: int) -> tuple[list[str], str, str]:

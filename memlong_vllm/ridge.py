@@ -93,17 +93,3 @@ class RidgeAccumulator:
         explained = 2 * (maps * self.products.T).sum(dim=1) - ((maps @ self.inputs) * maps).sum(dim=1)
         spread = self.squares - self.totals.square() / max(1, self.num_tokens)
         return float(1 - (self.squares - explained)[targets].sum() / spread[targets].sum())
-
-
-def fit_linear_maps(stored: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """:meth:`RidgeAccumulator.fit` for tokens that are all at hand.
-
-    Args:
-        stored: [tokens, 2 * kv], the memory layer's [k;v]. targets: [tokens, kv].
-
-    Returns:
-        [kv, 2 * kv] float64, a weight of ``memory_k_adapter`` or ``memory_v_adapter``.
-    """
-    sums = RidgeAccumulator(stored.shape[-1], targets.shape[-1], stored.device)
-    sums.add(stored, targets)
-    return sums.fit(ridge)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from memlong_vllm.adapters.adapter_file import load_adapter
 from memlong_vllm.cli.convert import convert
@@ -183,8 +184,45 @@ def test_another_retriever_means_other_features(
 def test_validation_needs_texts_that_retrieve(
     checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
 ) -> None:
+    model = checkpoints.memlong(local_window=320)  # The longest text for training has 400 tokens, that for this 300.
     with pytest.raises(TextsError, match=r"--valid-tokens: nothing is retrieved"):
-        train(checkpoints.memlong(local_window=512), tmp_path / "a.safetensors", tokens, cache, steps=1)
+        train(model, tmp_path / "a.safetensors", tokens, cache, steps=1)
+
+
+def test_training_needs_texts_that_retrieve(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    model = checkpoints.memlong(local_window=512)
+    with pytest.raises(TextsError, match=r"long enough to retrieve anything: the longest has 400 tokens"):
+        train(model, tmp_path / "a.safetensors", tokens, cache, steps=1)
+
+
+def test_something_must_learn(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:
+    model, parts = checkpoints.memlong(fusion="joint"), TrainedParts(rank=0)
+    with pytest.raises(SettingsError, match=r"lora_rank = 0: leaves nothing that learns"):
+        train(model, tmp_path / "a.safetensors", tokens, cache, parts=parts)
+
+
+def test_in_half_precision_with_accumulation(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.safetensors"
+    AcceleratorState._reset_state()  # A process has one precision.
+    train(checkpoints.memlong(), output, tokens, cache, steps=30, precision="bf16", rows=1, accumulation=2)
+    AcceleratorState._reset_state()
+    losses = [entry["loss"] for entry in log_of(output) if "loss" in entry]
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+
+
+def test_a_line_of_the_log_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log({"step": 1, "validation": {"nll": 2.0}})
+    with folder.log_file.open("a") as file:
+        file.write('{"step": 2, "validation": {"n')
+    assert folder.lowest_validation() == 2.0
+    folder.cut_log(1)
+    folder.log({"step": 2})
+    assert [json.loads(line)["step"] for line in folder.log_file.read_text().splitlines()] == [1, 2]
 
 
 def test_more_steps_continue_a_finished_run(
@@ -194,6 +232,14 @@ def test_more_steps_continue_a_finished_run(
     train(checkpoints.memlong(), output, tokens, cache, steps=2)
     train(checkpoints.memlong(), output, tokens, cache, steps=3)
     assert [entry["step"] for entry in log_of(output) if "loss" in entry] == [1, 2, 3]
+
+
+def test_steps_may_not_be_added_where_rates_depend_on_them(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, cache, steps=2, schedule="cosine")
+    with pytest.raises(ResumeError, match=r"settings\.steps: 2 then, 3 now"):
+        train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, cache, steps=3, schedule="cosine")
 
 
 def test_the_control_learns_nothing_of_memory(

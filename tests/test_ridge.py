@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlong_vllm.ridge import RidgeAccumulator, RidgeError, fit_linear_maps
+from memlong_vllm.ridge import RidgeAccumulator, RidgeError
 
 KV = 12
+
+
+def fit_linear_maps(stored: torch.Tensor, targets: torch.Tensor, ridge: float) -> torch.Tensor:
+    sums = RidgeAccumulator(stored.shape[-1], targets.shape[-1])
+    sums.add(stored, targets)
+    return sums.fit(ridge)
 
 
 def tokens(count: int, noise: float = 0.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

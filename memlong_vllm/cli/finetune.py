@@ -11,7 +11,9 @@ from typing import Any
 from memlong_vllm.cli.convert import is_memlong
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import MemLongConfig, MemoryConfigError
+from memlong_vllm.memories.fingerprint import FingerprintError
 from memlong_vllm.retriever.embedder import RetrieverLoadError
+from memlong_vllm.ridge import RidgeError
 from memlong_vllm.training.allocator import keep_freed_memory
 from memlong_vllm.training.documents import (
     Document,
@@ -29,6 +31,7 @@ from memlong_vllm.training.woven_facts import WeaveRecipe, weave
 
 _ERRORS = (
     SettingsError, TextsError, ResumeError, RetrieverLoadError, MemoryConfigError, ModelArgumentError, DivergedError,
+    FingerprintError, RidgeError, OSError,
 )  # fmt: skip
 
 
@@ -126,6 +129,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--output {output}: name a .safetensors file")
     if arguments.weave_facts < 0:
         raise SettingsError(f"--weave-facts {arguments.weave_facts}: must be 0 or more")
+    for name in ("document_tokens", "valid_tokens", "max_documents"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise SettingsError(f"--{name.replace('_', '-')} {value}: must be positive")
+    for option, folder in (("--output", output.parent), ("--cache-dir", arguments.cache_dir)):
+        if folder is not None and any(part.is_file() for part in (folder, *folder.parents)):
+            raise SettingsError(f"{option} {folder}: a file is where a folder is needed")
 
 
 def _default_cache() -> Path:
@@ -142,6 +152,9 @@ class _Texts:
             raise TextsError("nothing to train on: give --texts or --dataset")
         self.arguments, self.settings, self.model = arguments, settings, model
         self.texts, self.valid = find_texts(arguments.texts), find_texts(arguments.valid)
+        both = {path.resolve() for path in self.texts} & {path.resolve() for path in self.valid}
+        if both:
+            raise TextsError(f"--valid {min(both)} is a training text too: what knows it by heart would be chosen")
 
     def __call__(self, tokenizer: Any) -> tuple[list[Document], list[Document]]:
         arguments, least = self.arguments, self.settings.segment_tokens

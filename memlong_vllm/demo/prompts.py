@@ -9,7 +9,7 @@ from typing import Any
 
 import memlong_vllm
 from memlong_vllm.config import MemLongConfig
-from memlong_vllm.recall_material import sentence_breaks
+from memlong_vllm.recall_material import key_note, key_question, sentence_breaks
 
 NOVEL = Path(memlong_vllm.__file__).parents[1] / "examples" / "data" / "doyle_lost_world.txt"
 NOVEL_QUESTIONS = (
@@ -26,8 +26,6 @@ GENERAL_QUESTIONS = (
 )
 # Written into the text a quarter from its beginning; the wording of Mohtashami and Jaggi (2023).
 KEY = "71432"
-KEY_NOTE = "\n\nThe pass key is {0}. Remember it. {0} is the pass key.\n\n"
-KEY_QUESTION = "What is the pass key? The pass key is"
 DEFAULT_TOKENS = 16384
 
 
@@ -106,7 +104,11 @@ def build_prompts(
     breaks = sentence_breaks(shared, lambda token: tokenizer.decode([token]))
     quarter = len(shared) // 4
     key = PassKey(KEY, next((n for n in range(quarter, 2 * quarter) if shared[n - 1] in breaks), quarter))
-    shared[key.place : key.place] = encode(KEY_NOTE.format(key.number))
+    shared[key.place : key.place] = encode(f"\n\n{key_note(key.number)}\n\n")
     prompts = [Question(q, shared + encode(f"\n\n{q} Answer in one sentence.{after}")) for q in questions]
-    asked = shared + encode(f"\n\n{KEY_QUESTION}")
-    return [*prompts, Question(KEY_QUESTION, asked, True), Question(KEY_QUESTION, asked, True, with_memory=False)], key
+    asked = shared + encode(f"\n\n{key_question()}")
+    return [
+        *prompts,
+        Question(key_question(), asked, True),
+        Question(key_question(), asked, True, with_memory=False),
+    ], key

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from memlong_vllm.config import MemoryConfig
+from memlong_vllm.config import GIB, MemoryConfig
 from memlong_vllm.memories.fingerprint import model_fingerprint
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.reference.retrieval import AttendedSpan, Embed, SequenceMemory
-from memlong_vllm.training.documents import Document
+from memlong_vllm.training.documents import Document, TextsError
 from memlong_vllm.training.layer_stack import LayerStack
 
 _PIECE_TOKENS = 2048  # Of a document at a time through the lower layers.
@@ -117,21 +118,43 @@ class FrozenHalf:
         self._retriever_key = [FORMAT, asdict(self.config.retriever), retriever_digest]
         cache_dir.mkdir(parents=True, exist_ok=True)
 
+    def check_space(self, documents: Sequence[Document]) -> None:
+        """Raises:
+        TextsError: if what the cache lacks of these documents does not fit on its disk.
+        """
+        used = [self._whole_strides(document) for document in documents]
+        missing = [ids for ids, digest in used if not self._path("lower", [*self._lower_key, digest]).exists()]
+        config = self.model.config
+        numbers = config.hidden_size + 2 * config.num_key_value_heads * config.head_dim
+        needed = sum(map(len, missing)) * numbers * self.dtype.itemsize
+        free = shutil.disk_usage(self.cache_dir).free
+        if needed > free:
+            raise TextsError(
+                f"what the frozen layers make of {len(missing)} texts takes {needed / GIB:,.1f} GiB, and there are "
+                f"{free / GIB:,.1f} in {self.cache_dir}: name another --cache-dir, or lower --document-tokens"
+            )
+
+    def _whole_strides(self, document: Document) -> tuple[tuple[int, ...], str]:
+        """The tokens that are used, and their digest."""
+        count = len(document.token_ids) // self.config.retrieval_stride * self.config.retrieval_stride
+        token_ids = document.token_ids[:count]
+        return token_ids, hashlib.sha256(np.asarray(token_ids, np.int64).tobytes()).hexdigest()
+
+    def _path(self, kind: str, key: list[object]) -> Path:
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        return self.cache_dir / f"{kind}-{name}.safetensors"
+
     def features(self, document: Document) -> DocumentFeatures:
         """Of a document's whole strides; the rest of its tokens is left out."""
-        stride = self.config.retrieval_stride
-        count = len(document.token_ids) // stride * stride
-        token_ids = document.token_ids[:count]
-        digest = hashlib.sha256(np.asarray(token_ids, np.int64).tobytes()).hexdigest()
+        token_ids, digest = self._whole_strides(document)
         lower = self._kept("lower", [*self._lower_key, digest], lambda: self._run_lower(token_ids))
-        spans = self._spans(token_ids, [position for position in document.questions if position < count], digest)
+        spans = self._spans(token_ids, [place for place in document.questions if place < len(token_ids)], digest)
         return DocumentFeatures(document, lower["hidden"], lower["keys"], lower["values"], spans)
 
     def _kept(
         self, kind: str, key: list[object], make: Callable[[], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-        path = self.cache_dir / f"{kind}-{name}.safetensors"
+        path = self._path(kind, key)
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}.partial")
             save_file(make(), partial)

@@ -99,8 +99,9 @@ def _prepare(
     settings.check_model(model.config.memory)
     tokenizer = AutoTokenizer.from_pretrained(job.model, config=model.config)
     documents, valid_documents = make_documents(tokenizer)
-    if len(documents) < accelerator.num_processes:
-        raise TextsError(f"{len(documents)} training texts are too few for {accelerator.num_processes} processes")
+    streams = accelerator.num_processes * settings.rows
+    if len(documents) < streams:
+        raise TextsError(f"{len(documents)} training texts are too few for {streams} rows: lower --rows")
     base = backbone_identity(model.state_dict(), model.config)
     identity = _identity(job, settings, base, model, documents, valid_documents, accelerator.num_processes)
     folder = RunFolder(job.folder)
@@ -114,7 +115,10 @@ def _prepare(
     torch.manual_seed(settings.seed + accelerator.process_index)
     half_precision(model, dtype)
     frozen = _frozen_half(job, model, tokenizer, dtype, accelerator)
+    frozen.check_space([*documents, *valid_documents])
     train, valid = (_all_features(frozen, part, accelerator, say) for part in (documents, valid_documents))
+    if settings.with_memory:
+        _check_reading(train, say)
     if not folder.has_state:
         _start_memory(model, train, settings, accelerator, say)
     trainer = Trainer(model, trained, train, valid, settings, accelerator, folder)
@@ -204,6 +208,18 @@ def _all_features(
             say(f"frozen half: {idx + 1} of {len(documents)} documents")
     accelerator.wait_for_everyone()
     return [frozen.features(document) for document in documents]
+
+
+def _check_reading(train: Sequence[DocumentFeatures], say: Callable[[str], None]) -> None:
+    """Raises TextsError if nothing is ever retrieved, and memory would learn nothing."""
+    reading = [bool(span.chunk_ids) for features in train for span in features.spans]
+    if not any(reading):
+        longest = max(len(features.document.token_ids) for features in train)
+        raise TextsError(
+            f"no training text is long enough to retrieve anything: the longest has {longest} tokens. Give longer "
+            "texts, or raise --document-tokens"
+        )
+    say(f"something is retrieved for {sum(reading) / len(reading):.0%} of the training tokens")
 
 
 def _start_memory(model: Any, train: Sequence[DocumentFeatures], settings: Any, accelerator: Any, say: Any) -> None:

@@ -97,15 +97,18 @@ class RunFolder:
 
     def cut_log(self, step: int) -> None:
         """Drop lines of steps after ``step``, which will be taken again."""
-        if self.log_file.exists():
-            lines = [line for line in self.log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.log_file.write_text("".join(line + "\n" for line in lines))
+        entries = [entry for entry in self._entries() if entry["step"] <= step]
+        self.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
     def lowest_validation(self) -> float:
         """Negative log-likelihood of the best validation so far, infinite without one."""
-        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-        entries = [json.loads(line) for line in lines]
+        entries = self._entries()
         return min((e["validation"]["nll"] for e in entries if e["step"] and "validation" in e), default=float("inf"))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The log's lines, without a last one that was cut short."""
+        lines = self.log_file.read_text().split("\n")[:-1] if self.log_file.exists() else []
+        return [json.loads(line) for line in lines]
 
     def log(self, entry: dict[str, Any]) -> None:
         with self.log_file.open("a") as file:

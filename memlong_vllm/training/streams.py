@@ -125,8 +125,8 @@ class Streams:
     ) -> None:
         self.documents, self.reader, self.seed = list(documents), reader, seed
         self.rank, self.num_ranks = rank, num_ranks
-        if len(self._order(0)) == 0:
-            raise ValueError(f"{len(self.documents)} documents are too few for {num_ranks} processes")
+        if len(self._order(0)) < num_rows:
+            raise ValueError(f"{len(self.documents)} documents are too few for {num_rows} rows a process")
         self._taken = 0
         self._places: list[list[int]] = [[-1, 0] for _ in range(num_rows)]  # Document, next segment.
 

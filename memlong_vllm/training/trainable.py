@@ -53,6 +53,8 @@ class TrainedParts:
             raise SettingsError(f"parts to train whole {unknown} are unknown; there are {sorted(_FULL)}")
         if not 0 <= self.dropout < 1:
             raise SettingsError(f"lora_dropout = {self.dropout}: must be at least 0 and less than 1")
+        if self.rank > 0 and not self.targets:
+            raise SettingsError("LoRA targets are none: name layers, or set its rank to 0")
         if self.rank < 0 or (self.rank > 0 and self.alpha <= 0):
             raise SettingsError(f"LoRA rank {self.rank} and alpha {self.alpha} must be positive (rank 0: no LoRA)")
 
@@ -82,6 +84,8 @@ def select_trained(model: MemLongForCausalLM, parts: TrainedParts, with_memory: 
     trained = {name: parameter for name, parameter in model.named_parameters() if _learns(name, model, parts)}
     if not with_memory:
         trained = {name: parameter for name, parameter in trained.items() if ".memory_" not in name}
+    if not trained:
+        raise SettingsError(f"lora_rank = {parts.rank}: leaves nothing that learns, this memory has no parameters")
     for parameter in trained.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)

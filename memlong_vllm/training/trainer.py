@@ -19,7 +19,7 @@ from memlong_vllm.training.features import DocumentFeatures
 from memlong_vllm.training.run_state import RunFolder, carried_state, restore_rng, restored_carried, rng_state
 from memlong_vllm.training.segment_memory import Carried
 from memlong_vllm.training.settings import FinetuneSettings
-from memlong_vllm.training.streams import SegmentReader, Streams
+from memlong_vllm.training.streams import SegmentBatch, SegmentReader, Streams
 from memlong_vllm.training.upper_half import UpperHalf
 from memlong_vllm.training.validation import Validation, validate
 
@@ -136,9 +136,12 @@ class Trainer:
     def _update(self) -> dict[str, Any]:
         """One update of the weights. Returns its line of the log."""
         started, progress = time.perf_counter(), Progress()
-        for _ in range(self.settings.accumulation):
+        batches = [self.streams.next_batch() for _ in range(self.settings.accumulation)]
+        # As one batch's: every token by its weight, whichever part of the update it is in.
+        weight = max(1.0, sum(float(batch.weights.sum()) for batch in batches)) / self.settings.accumulation
+        for batch in batches:
             with self.accelerator.accumulate(self.upper):
-                self._forward_backward(progress)
+                self._forward_backward(batch.to(self.accelerator.device), weight, progress)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(list(self.trained.values()), self.settings.max_grad_norm)
                 self.optimizer.step()
@@ -158,12 +161,11 @@ class Trainer:
             **self._gate_sizes(),
         }
 
-    def _forward_backward(self, progress: Progress) -> None:
-        batch = self.streams.next_batch().to(self.accelerator.device)
+    def _forward_backward(self, batch: SegmentBatch, weight: float, progress: Progress) -> None:
         if self.carried is None:
             self.carried = self.accelerator.unwrap_model(self.upper).stack.empty(len(batch.hidden), batch.hidden)
         loss, self.carried = self.upper(batch, self.carried)
-        self.accelerator.backward(loss.weighted / loss.weight.clamp_min(1.0))
+        self.accelerator.backward(loss.weighted / weight)
         progress.weighted += float(loss.weighted.detach())
         progress.weight += float(loss.weight)
         progress.tokens += batch.labels.numel()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from memlong_vllm.config import MemoryConfig
+from memlong_vllm.recall_material import key_note, key_question
 from memlong_vllm.training.documents import Document
 
 Encode = Callable[[str], list[int]]
@@ -43,12 +44,9 @@ class Fact:
     answer: str
 
 
-def passkey(draw: random.Random, name: str) -> Fact:
-    """The usual test's wording (Mohtashami and Jaggi, 2023), also of other keys than the pass key."""
+def named_key(draw: random.Random, name: str) -> Fact:
     key = _number(draw)
-    return Fact(
-        f"The {name} is {key}. Remember it. {key} is the {name}.", f"What is the {name}? The {name} is", f" {key}"
-    )
+    return Fact(key_note(key, name), key_question(name), f" {key}")
 
 
 def make_fact(draw: random.Random) -> Fact:
@@ -137,7 +135,7 @@ class _Weaver:
 
     def _state(self) -> None:
         if self.keys and self.draw.random() < 0.3:
-            fact = passkey(self.draw, self.keys.pop(self.draw.randrange(len(self.keys))))
+            fact = named_key(self.draw, self.keys.pop(self.draw.randrange(len(self.keys))))
         else:
             fact = make_fact(self.draw)
         while any(stated.fact.question == fact.question for stated in self.facts):
