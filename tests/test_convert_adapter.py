@@ -96,6 +96,12 @@ def test_settings_beside_an_adapter(checkpoints: Checkpoints, adapter: Adapter, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_control_is_made_without_memory(checkpoints: Checkpoints) -> None:
+    control = make_adapter(checkpoints, training={"settings": {"with_memory": False}})
+    assert adapted_block(block(checkpoints), control, {})["memory_size"] == 0
+    assert adapted_block(block(checkpoints), control, {"memory_size": 256})["memory_size"] == 256
+
+
 def test_a_partly_known_block(checkpoints: Checkpoints, adapter: Adapter) -> None:
     """What the adapter does not tell is the preset's, or what is set."""
     partly = make_adapter(checkpoints, memlong={"fusion": "scaled_logits"}, base=None)

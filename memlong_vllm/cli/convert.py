@@ -122,7 +122,9 @@ def adapted_block(block: dict[str, Any], adapter: Adapter, settings: dict[str, A
     if {"memory_layer", "retrieval_layers"} <= fixed.keys():  # The whole block: what it leaves out is at its default.
         memory = MemoryConfig.from_dict(adapter.memlong, 1 + max(adapter.memlong["retrieval_layers"]))
         fixed = {name: value for name, value in memory.to_dict().items() if name in TRAINED_WITH}
-    result = apply_settings(block | adapter.memlong | fixed, settings)
+    # A control has not learned to read: what it would retrieve only disturbs.
+    off = {"memory_size": 0} if is_control(adapter) else {}
+    result = apply_settings(block | adapter.memlong | fixed | off, settings)
     for name, value in fixed.items():
         if result[name] != value:
             wanted = f"--set {name}={json.dumps(result[name])}"
@@ -130,6 +132,11 @@ def adapted_block(block: dict[str, Any], adapter: Adapter, settings: dict[str, A
                 f"{wanted} contradicts the adapter, which was trained with {json.dumps(value)}: leave it out"
             )
     return result
+
+
+def is_control(adapter: Adapter) -> bool:
+    """Whether it was trained without memory."""
+    return adapter.training.get("settings", {}).get("with_memory") is False
 
 
 def load_base(base: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
@@ -327,6 +334,9 @@ def trained_state(config: MemLongConfig, adapter: Adapter | None) -> str:
         words.append(f"adapter {adapter.digest()[:12]} is merged ({pairs} LoRA pairs, {whole} whole parameters)")
         if adapter.base is None:
             words.append("it does not say which base model it was trained on: make sure it was this one")
+        if is_control(adapter):
+            words.append("it was trained without memory, which is off (memory_size 0)")
+            return "; ".join(words)
     gates = [] if adapter is None else [t for name, t in adapter.tensors.items() if name.endswith(".memory_gate")]
     if config.memory.fusion == "gated" and not any(bool(gate.any()) for gate in gates):
         words.append("gates are zero, so memory has no effect until they are trained")
