@@ -43,19 +43,18 @@ class MeasurementFile(ResultsFile):
                     "compared; name another file or add --overwrite"
                 )
         super()._resume(found)
-        for name in ("command_lines", "machine", "engines"):
+        for name in ("machine", "engines"):
             self.content[name] = found[name]
 
     def _write(self) -> None:
         # Rows stay the last field.
         rows = self.content.pop("rows")
-        line = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-        lines = self.content.setdefault("command_lines", [])
-        if line not in lines:
-            lines.append(line)
         self.content["machine"] = machine() | {"load_at_the_start": self._load_at_the_start}
         self.content["rows"] = rows
         super()._write()
+
+    def _command_line(self) -> str:
+        return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
     def add_engine(self, name: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
         """Note how an engine was set up; the last start counts."""

@@ -42,8 +42,9 @@ def open_results(path: Path, settings: Any = SETTINGS, models: Any = MODELS, **o
     return ResultsFile(path, "perplexity", settings, models, KEY, **options)
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "results.json"
+    monkeypatch.setattr("sys.argv", ["somewhere/memlong-vllm", "evaluate", "perplexity", "--texts", "a b.txt"])
     first = open_results(path)
     first.append([row("memlong", "a", 64, 0, 2.5), row("memlong", "a", 64, 128, 2.25)])
     second = open_results(path)
@@ -52,6 +53,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not second.has(row("memlong", "b", 64, 128, 0.0))
     second.append([row("full", "a", 64, None, 2.0)])
     content = read_results(path)
+    assert content["command_lines"] == ["memlong-vllm evaluate perplexity --texts 'a b.txt'"]
     assert [entry["nll"] for entry in content["rows"]] == [2.5, 2.25, 2.0]
     assert content["model"] == MODELS["memlong"]
     assert {"python", "torch", "vllm", "transformers", "memlong_vllm", "platform", "cpu"} == content["versions"].keys()

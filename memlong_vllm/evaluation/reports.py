@@ -80,6 +80,7 @@ def footer(content: dict[str, Any]) -> str:
     settings, versions = content["settings"], content["versions"]
     runner = f"vLLM {versions['vllm']}" if settings["engine"] == "vllm" else f"transformers {versions['transformers']}"
     lines.append(f"- {runner}, {settings['dtype']}, torch {versions['torch']}, {versions['cpu']}")
+    lines += [f"- `{line}`" for line in content.get("command_lines", [])]
     return "\n".join(lines) + "\n"
 
 

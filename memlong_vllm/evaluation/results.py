@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def _cpu_name() -> str:
 
 
 class ResultsFile:
-    """``{"command", "settings", "versions", "model", "models", "rows"}`` as JSON.
+    """``{"command", "command_lines", "settings", "versions", "model", "models", "rows"}`` as JSON.
 
     ``model`` describes the main model; ``models``, each one by the label that rows name it by. A
     run with the same settings adds the rows that are missing, and may add models. The file is first
@@ -59,7 +61,8 @@ class ResultsFile:
     ) -> None:
         self.path, self._key = path, key
         # As it will be read again: tuples become lists.
-        header = {"command": command, "settings": settings, "versions": versions(), "models": models}
+        header = {"command": command, "command_lines": [], "settings": settings}
+        header |= {"versions": versions(), "models": models}
         self.content: dict[str, Any] = json.loads(json.dumps(header))
         self.content["model"] = next(iter(self.content["models"].values()))
         self.content["rows"] = []
@@ -97,9 +100,16 @@ class ResultsFile:
             )
         self.content["models"] = found["models"] | self.content["models"]
         self.content["model"] = next(iter(self.content["models"].values()))
+        self.content["command_lines"] = found.get("command_lines", [])
         self.content["rows"] = found["rows"]
 
+    def _command_line(self) -> str:
+        """That of this process, as a person would type it."""
+        return shlex.join(["memlong-vllm", *sys.argv[1:]])
+
     def _write(self) -> None:
+        if (line := self._command_line()) not in self.content["command_lines"]:
+            self.content["command_lines"].append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         shell = json.dumps(self.content | {"rows": []}, indent=2)
         lines = ",\n    ".join(self._lines)
