@@ -52,7 +52,7 @@ def map_runs(runs: list[dict[str, Any]]) -> list[list[str]]:
         [
             f"{row['model']}, {row['length']:,} x {row['batch']}",
             f"{row['prefill_tokens_per_s']:.3g}",
-            f"{row['decode_tokens_per_s']:.3g}",
+            "" if row["decode_tokens_per_s"] is None else f"{row['decode_tokens_per_s']:.3g}",
             _gib(row["peak_rss_bytes"]),
         ]
         if "skipped" not in row

@@ -36,7 +36,7 @@ class MeasurementFile(ResultsFile):
     def _resume(self, found: dict[str, Any]) -> None:
         now = self.content["versions"] | machine()
         for name in SAME_MACHINE:
-            before = (found["versions"] | found["machine"])[name]
+            before = (found["versions"] | found["machine"]).get(name)
             if before != now[name]:
                 raise EvaluationError(
                     f"--output {self.path} was measured with {name} {before!r}, now {now[name]!r}: times cannot be "

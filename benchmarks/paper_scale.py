@@ -83,9 +83,14 @@ def run(file: MeasurementFile, arguments: argparse.Namespace, donor: Path) -> No
         settings = engine_settings(config, arguments)
         try:
             engine = EngineProcess(vllm_engine.load, folder, settings)
-            measures = measure(engine, arguments)
-            file.add_engine(row["engine"], settings, engine.facts)
-            engine.stop()
+            try:
+                # In the first steps kernels are compiled and weights packed.
+                first = min(arguments.length, config.memory.local_window + 3 * config.memory.retrieval_stride)
+                engine.ask(prompts=[[(0, first)]], max_tokens=arguments.answer, salts=["warm-up"])
+                measures = measure(engine, arguments)
+                file.add_engine(row["engine"], settings, engine.facts)
+            finally:
+                engine.stop()
         except EngineError as error:
             file.append([skipped | {"skipped": str(error)}])
             return
