@@ -29,6 +29,7 @@ from ledger_step import ledger_times  # noqa: E402
 from measurement_file import MeasurementFile, read_results  # noqa: E402
 from report import write_report  # noqa: E402
 from retrieval import by_kind  # noqa: E402
+from summaries import MEASURES, loses_to, ratio  # noqa: E402
 from token_times import TokenTimes, percentile  # noqa: E402
 
 TINY = ["--dtype", "float32", "--step-tokens", "128", "--repetitions", "1"]
@@ -58,6 +59,18 @@ def test_decoding_is_measured_while_all_requests_decode() -> None:
     waves = TokenTimes([5, 5], [0, 0], [[1.0, 2.0], [3.0, 5.0]], total_s=5.0)
     assert not waves.is_simultaneous
     assert waves.decode_tokens_per_s() is None
+
+
+def test_ratios_are_of_repetitions_that_both_have() -> None:
+    row = {"workload": "prefill", "length": 64, "batch": 1}
+    rates = {"memlong": [90.0, 50.0, 50.0], "full": [60.0]}
+    rows = [row | {"engine": name, "repetition": number, "prefill_tokens_per_s": rate}
+            for name, values in rates.items() for number, rate in enumerate(values)]  # fmt: skip
+    measure = next(entry for entry in MEASURES["throughput"] if entry.field == "prefill_tokens_per_s")
+    found = ratio(rows, measure, "memlong", "full", (64, 1))
+    assert found is not None
+    assert (found.median, found.number) == (1.5, 1)
+    assert loses_to(rows, measure, (64, 1), ["full"]) == []
 
 
 def test_percentiles_are_nearest_ranks() -> None:

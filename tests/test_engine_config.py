@@ -36,6 +36,7 @@ REFUSED = {
     "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
     "KV connectors": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     "kv_cache_dtype 'fp8'": {"kv_cache_dtype": "fp8"},
+    "kv_cache_dtype 'bfloat16' with weights in torch.float32": {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
     "prompt embeddings": {"enable_prompt_embeds": True},
     "dual batch overlap": {"enable_dbo": True},
     "disable-sliding-window": {"disable_sliding_window": True},

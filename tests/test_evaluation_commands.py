@@ -139,6 +139,8 @@ REFUSED = [
     (["--lengths", "1,50"], "--lengths 1: too few tokens"),
     (["--buckets", "200"], "--offset and --buckets must not be negative"),
     (["--control", "{tmp}"], "--control {tmp} is no folder with a model"),
+    (["--control", "{tmp}/none"], "--control '{tmp}/none': no such folder"),
+    (["--backbone", "{tmp}/none"], "--backbone '{tmp}/none': no such folder"),
     (["--texts", "{text}", "{text}"], "another file is called one.txt too"),
     (["--texts", "{tmp}/none.txt"], "--texts {tmp}/none.txt"),
     (["--model", "{base}"], "is no MemLong checkpoint: make one with memlong-vllm convert"),

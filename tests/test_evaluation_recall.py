@@ -68,6 +68,9 @@ def test_every_row_of_a_model_is_a_trial_of_its_own() -> None:
     assert len({tuple(prompt.token_ids) for prompt in asked}) == len(items)
     # Of 90,000 keys, 40 drawn independently are hardly ever the same two.
     assert len({prompt.expected for prompt in asked}) >= len(items) - 1
+    ends = {(length, length - len(item.prompt.token_ids)) for (_, length, _, _), item in items.items()}
+    assert all(0 <= less < CHUNK for _, less in ends)
+    assert len(ends) > CHUNK // 2, "prompts end anywhere in a stride"
     for kind, length, _, trial in items:
         stretches = {tuple(items[kind, length, depth, trial].prompt.token_ids[:40]) for depth in (0.1, 0.5)}
         assert len(stretches) == 2, "the prose depends on the depth"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,19 @@ def test_training_needs_texts_that_retrieve(
     model = checkpoints.memlong(local_window=512)
     with pytest.raises(TextsError, match=r"long enough to retrieve anything: the longest has 400 tokens"):
         train(model, tmp_path / "a.safetensors", tokens, cache, steps=1)
+
+
+def test_a_cache_must_fit_on_its_disk(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("memlong_vllm.training.features.shutil.disk_usage", lambda folder: free)
+        with pytest.raises(TextsError, match=r"of 4 texts takes 0\.0 GiB, .*name another --cache-dir"):
+            train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, tmp_path / "cache", steps=1)
+    train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, tmp_path / "cache", steps=1)
+    monkeypatch.setattr("memlong_vllm.training.features.shutil.disk_usage", lambda folder: free)
+    train(checkpoints.memlong(), tmp_path / "b.safetensors", tokens, tmp_path / "cache", steps=1)  # Nothing to compute.
 
 
 def test_something_must_learn(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:

@@ -172,7 +172,10 @@ def fractions(text: str) -> list[float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 prose, as filler")
-    parser.add_argument("--lengths", type=comma_separated, required=True, metavar="N,…", help="tokens of prompts")
+    parser.add_argument(
+        "--lengths", type=comma_separated, required=True, metavar="N,…",
+        help="tokens of prompts, each less a number below the retrieval stride that is drawn",
+    )  # fmt: skip
     parser.add_argument(
         "--depths", type=fractions, default=[0.1, 0.5, 0.9], metavar="F,…",
         help="where needles are put, 0 to 1 (default: 0.1,0.5,0.9); rows and tables say where they came to stand",
