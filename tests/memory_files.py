@@ -147,3 +147,10 @@ def with_right_checksum(body: dict[str, Any]) -> bytes:
     rest = {name: value for name, value in body.items() if name != "sha256"}
     digest = hashlib.sha256((json.dumps(rest, indent=1, sort_keys=True) + "\n").encode()).hexdigest()
     return (json.dumps(rest | {"sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def reopen(library: MemoryLibrary, **changes: object) -> MemoryLibrary:
+    """The same folder after a restart, with ``changes`` to the arguments."""
+    library.close()
+    arguments = {"format": FORMAT, "quota": PLENTY} | changes
+    return MemoryLibrary(library._root, **arguments)  # type: ignore[arg-type]

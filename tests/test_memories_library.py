@@ -29,6 +29,7 @@ from tests.memory_files import (
     files_under,
     opened,
     read,
+    reopen,
     save_shards,
     seeds_in,
 )
@@ -38,12 +39,6 @@ from tests.memory_files import (
 def library(tmp_path: Path) -> Iterator[MemoryLibrary]:
     with MemoryLibrary(tmp_path / "memories", FORMAT, PLENTY) as opened_library:
         yield opened_library
-
-
-def reopen(library: MemoryLibrary, **changes: object) -> MemoryLibrary:
-    library.close()
-    arguments = {"format": FORMAT, "quota": PLENTY} | changes
-    return MemoryLibrary(library._root, **arguments)  # type: ignore[arg-type]
 
 
 def wait_until(condition: object) -> None:

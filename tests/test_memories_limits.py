@@ -33,6 +33,7 @@ from tests.memory_files import (
     files_under,
     opened,
     read,
+    reopen,
     seeds_in,
 )
 
@@ -41,12 +42,6 @@ from tests.memory_files import (
 def library(tmp_path: Path) -> Iterator[MemoryLibrary]:
     with MemoryLibrary(tmp_path / "memories", FORMAT, PLENTY) as opened_library:
         yield opened_library
-
-
-def reopen(library: MemoryLibrary, **changes: object) -> MemoryLibrary:
-    library.close()
-    arguments = {"format": FORMAT, "quota": PLENTY} | changes
-    return MemoryLibrary(library._root, **arguments)  # type: ignore[arg-type]
 
 
 def test_a_second_writer_is_refused_until_the_first_has_closed(library: MemoryLibrary) -> None:
