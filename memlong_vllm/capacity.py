@@ -340,7 +340,8 @@ def num_parameters(
     if memory is None:
         return backbone
     stored = config.num_key_value_heads * config.head_dim
-    adapters = 2 * stored * 2 * stored if memory.memory_adapter == "linear" else 0  # Whole on every rank.
+    width = memory.memory_adapter_width if memory.memory_adapter == "linear" else 0
+    adapters = 2 * stored * width * 2 * stored  # Whole on every rank.
     return backbone + len(memory.retrieval_layers) * ((1 + memory.memory_bias) * heads + adapters)
 
 

@@ -191,7 +191,7 @@ def make_step_memory(vllm_config: VllmConfig, layers: Sequence[RetrievalAttentio
     staging_tokens = num_staging_tokens(limits, deployment)
     adaptation = None
     if memory.memory_adapter is not None:
-        adaptation = Adaptation(layers, heads, staging_tokens, tensor_model_parallel_all_gather)
+        adaptation = Adaptation(layers, heads, staging_tokens, tensor_model_parallel_all_gather, memory.chunk_size)
     scheduler = vllm_config.scheduler_config
     return StepMemory(
         bank, scheduler.max_num_seqs, limits.top_k, scheduler.max_num_batched_tokens, staging_tokens, heads, adaptation

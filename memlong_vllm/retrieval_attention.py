@@ -41,8 +41,8 @@ class RetrievalAttention(nn.Module):
 
     * ``memory_gate`` [H], 0 at first (gated: tanh of it weighs memory, Eq. 4-5);
     * ``memory_bias`` [H], with ``memory_bias``: added to the memory scores;
-    * ``memory_k_adapter``, ``memory_v_adapter`` [R·d, 2·R·d] over all ranks' heads, with
-      ``memory_adapter``: make this layer's keys and values of the stored ones
+    * ``memory_k_adapter``, ``memory_v_adapter`` [R·d, w·2·R·d] over all ranks' heads, with
+      ``memory_adapter`` of width w: make this layer's keys and values of the stored ones
       (:class:`memlong_vllm.worker.adaptation.Adaptation`).
 
     Args:
@@ -82,8 +82,9 @@ class RetrievalAttention(nn.Module):
             if num_kv_heads * get_tensor_model_parallel_world_size() != total_num_kv_heads:
                 raise ValueError("memory_adapter 'linear' needs at least one key-value head per tensor-parallel rank")
             size = total_num_kv_heads * head_dim
-            self.memory_k_adapter = nn.Parameter(torch.zeros(size, 2 * size), requires_grad=False)
-            self.memory_v_adapter = nn.Parameter(torch.zeros(size, 2 * size), requires_grad=False)
+            shape = (size, config.memory_adapter_width * 2 * size)
+            self.memory_k_adapter = nn.Parameter(torch.zeros(shape), requires_grad=False)
+            self.memory_v_adapter = nn.Parameter(torch.zeros(shape), requires_grad=False)
 
     def _head_parameter(self) -> nn.Parameter:
         parameter = nn.Parameter(torch.zeros(self.num_heads), requires_grad=False)

@@ -73,7 +73,7 @@ for name in ("gated", "gated_chunk", "joint"):
     CASES[f"{name}_blocks"] = replace(base, dtype=torch.float32, chunk_size=40, block=16, max_programs=20)
     CASES[f"{name}_gathered"] = Case(memory=FUSIONS[name], in_rows=False)
     CASES[f"{name}_staged"] = Case(memory=FUSIONS[name], is_on_device=False)
-    CASES[f"{name}_adapted"] = Case(memory=FUSIONS[name] | {"memory_adapter": "linear"})
+    CASES[f"{name}_adapted"] = Case(memory=FUSIONS[name] | {"memory_adapter": "linear", "memory_adapter_width": 2})
 
 
 @dataclass
@@ -106,10 +106,12 @@ class Run:
         bank.keys.copy_(self.draw(*bank.keys.shape))
         bank.values.copy_(self.draw(*bank.values.shape))
         size = heads.num_kv_heads * heads.head_dim
-        self.adapters = [Adapters(self.draw(size, 2 * size) / 8, self.draw(size, 2 * size) / 8) for _ in range(2)]
+        shape = (size, self.config.memory_adapter_width * 2 * size)
+        self.adapters = [Adapters(self.draw(*shape) / 8, self.draw(*shape) / 8) for _ in range(2)]
         staging, ranks = 2 * TOP_K * case.chunk_size, RankHeads(0, 1, 0)
         has_adapter = self.config.memory_adapter is not None
-        adaptation = Adaptation(self.adapters, ranks, staging, lambda mine: mine) if has_adapter else None
+        adapters = Adaptation(self.adapters, ranks, staging, lambda mine: mine, chunk_size)
+        adaptation = adapters if has_adapter else None
         self.memory = StepMemory(bank, 4, TOP_K, 64, staging, ranks, adaptation)
         self.query = self.draw(self.num_tokens, heads.num_heads * heads.padded_dim)
         self.output = self.draw(self.num_tokens, heads.num_heads * heads.padded_dim)
@@ -204,6 +206,9 @@ class Run:
         if self.config.memory_adapter is None:
             return keys[None], values[None]
         both = torch.cat((keys.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1)), dim=1)
+        before = both.roll(1, dims=0)
+        before[:: self.config.chunk_size] = 0
+        both = torch.cat((both, before), dim=1)
         weights = self.adapters[1].memory_k_adapter.float(), self.adapters[1].memory_v_adapter.float()
         made = [(both @ w.T).unflatten(1, (keys.shape[0], -1)).transpose(0, 1)[None] for w in weights]
         return made[0], made[1]

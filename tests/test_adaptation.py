@@ -23,6 +23,7 @@ from tests.test_working_set import (
     decoding,
     expect,
     identity,
+    in_bank,
     make_layers,
     make_memory,
 )
@@ -50,9 +51,10 @@ def test_decoding_adapts_once_a_retrieval_and_layer() -> None:
 
 
 @pytest.mark.parametrize("staging_tokens", [4, 7, 8, 100])
-def test_rows_are_filled_in_parts_that_staging_holds(staging_tokens: int) -> None:
+@pytest.mark.parametrize("width", [1, 2])
+def test_rows_are_filled_in_parts_that_staging_holds(staging_tokens: int, width: int) -> None:
     """Of sets of different sizes; chunks of 2 tokens, up to 2 a set, so 4 tokens hold one row."""
-    layers = make_layers()
+    layers = make_layers(width=width)
     memory = make_memory(num_rows=5, staging_tokens=staging_tokens, layers=layers)
     sets = {"a": (1, 2), "b": (3,), "c": (4, 5), "d": (6, 7), "e": (8,)}
     groups = begin(memory, *(decoding(name, 9, slots, i) for i, (name, slots) in enumerate(sets.items())))
@@ -83,6 +85,19 @@ def test_spans_of_prefill_are_adapted_in_place() -> None:
     expect(memory, group, (0, 3), (2, 9), layers=layers)
     keys, _ = memory.read(group.source, 1)
     assert keys.data_ptr() == memory.staging.buffers(2, 2)[0].data_ptr()
+
+
+@pytest.mark.parametrize("staging_tokens", [6, 9, 100])
+@pytest.mark.parametrize("width", [2, 3])
+def test_tokens_adapted_in_place_see_those_before_them_as_stored(staging_tokens: int, width: int) -> None:
+    """Chunks of 3 tokens: parts of 2 and more tokens begin within chunks."""
+    layers = make_layers(width=width)
+    memory = make_memory(chunk_size=3, staging_tokens=staging_tokens, layers=layers)
+    (group,) = begin(memory, SequencePlan("p", 4, 6, (1,), (ReadSpan(4, 6, (0, 5), 0, 1),)))
+    keys, values = memory.read(group.source, 1)
+    assert keys.data_ptr() == memory.staging.buffers(1, 2)[0].data_ptr()
+    expected = adapted(layers[1], *in_bank(memory.bank, (0, 5)), chunk_size=3)
+    torch.testing.assert_close((keys[0], values[0]), expected, rtol=0, atol=1e-4)
 
 
 def test_new_weights_make_the_rows_anew() -> None:
@@ -127,8 +142,9 @@ def joining(num_ranks: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 6, 100])
-def test_ranks_make_their_heads_of_all_ranks_heads(max_tokens: int) -> None:
-    layers = make_layers()
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_ranks_make_their_heads_of_all_ranks_heads(max_tokens: int, width: int) -> None:
+    layers = make_layers(width=width)
     all_gather, heads_a_rank = joining(HEADS), 1
     stored = torch.arange(2.0 * 3 * HEADS * 4 * SIZE).view(2, 3, HEADS, 4, SIZE)
     made = torch.empty(NUM_LAYERS, *stored.shape)
@@ -136,7 +152,7 @@ def test_ranks_make_their_heads_of_all_ranks_heads(max_tokens: int) -> None:
     def run(rank: int) -> int:
         threading.current_thread().name = str(rank)
         mine = slice(rank, rank + heads_a_rank)
-        adaptation = Adaptation(layers, RankHeads(rank, HEADS, rank), max_tokens, all_gather)
+        adaptation = Adaptation(layers, RankHeads(rank, HEADS, rank), max_tokens, all_gather, 2)
         adaptation.prepare()
         keys, values = stored[:, :, mine].clone()
         adaptation.adapt(keys, values, [AdaptedKV(i, *made[i][:, :, mine]) for i in range(NUM_LAYERS)])

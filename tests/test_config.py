@@ -34,6 +34,7 @@ BLOCK: dict[str, Any] = {
     "memory_softmax": "all",
     "memory_bias": True,
     "memory_adapter": "linear",
+    "memory_adapter_width": 3,
     "retriever": {"model": "some/model", "pooling": "mean", "max_length": 256, "query_instruction": "find: "},
 }
 REQUIRED = {"memory_layer": 12, "retrieval_layers": [13, 17, 21, 25]}
@@ -71,6 +72,7 @@ BAD_FIELDS = [
     *(("memory_softmax", value) for value in ("token", None, True)),
     *(("memory_bias", value) for value in ("true", None, 2, 1, 0.0)),
     *(("memory_adapter", value) for value in ("lora", "", False)),
+    *(("memory_adapter_width", value) for value in (0, 65, -1, 2.0, "2", None, True)),
     ("retriever", None),
     ("retriever", "BAAI/bge-m3"),
     ("retriever", ["BAAI/bge-m3"]),
@@ -111,6 +113,12 @@ def test_layers_have_no_default(name: str) -> None:
         MemoryConfig.from_dict({key: value for key, value in BLOCK.items() if key != name}, NUM_LAYERS)
 
 
+def test_only_an_adapter_has_a_width() -> None:
+    with pytest.raises(MemoryConfigError, match=r"memlong\.memory_adapter_width = 3: .*memory_adapter is null"):
+        MemoryConfig.from_dict({**BLOCK, "memory_adapter": None}, NUM_LAYERS)
+    assert MemoryConfig.from_dict(REQUIRED, NUM_LAYERS).memory_adapter_width == 1
+
+
 @pytest.mark.parametrize("fusion", ["joint", "scaled_logits"])
 def test_softmax_per_chunk_goes_with_gated_only(fusion: str) -> None:
     with pytest.raises(MemoryConfigError, match=rf"memlong\.memory_softmax = 'chunk': .*'gated' only, not '{fusion}'"):
@@ -141,7 +149,15 @@ def test_rules_say_what_would_be_right(name: str, value: object, rule: str) -> N
         {"retrieval_layers": [12, 25]},
         {"local_window": 128},
         {"memory_layer": 0, "retrieval_layers": [0]},
-        {"chunk_size": 1, "memory_size": 1, "local_window": 1, "retrieval_stride": 1, "query_tokens": 1, "top_k": 1},
+        {
+            "chunk_size": 1,
+            "memory_adapter_width": 1,
+            "memory_size": 1,
+            "local_window": 1,
+            "retrieval_stride": 1,
+            "query_tokens": 1,
+            "top_k": 1,
+        },
         {"memory_size": 0},
         {"retriever": {}},
         {"retriever": {"query_instruction": ""}},

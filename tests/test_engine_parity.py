@@ -153,6 +153,7 @@ VARIANTS = {
     "forgetting_wide_segments": {"memory_size": 96, "retrieval_stride": 32},
     "bias_and_adapter": {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"},
     "gated_adapter": {"memory_adapter": "linear"},
+    "wide_adapter": {"fusion": "joint", "memory_adapter": "linear", "memory_adapter_width": 3},
     "instructed": {"retriever.query_instruction": "Represent this sentence for searching relevant passages: "},
     "memory_layer_not_read": {"memory_layer": 0, "retrieval_layers": [2, 3]},
 }

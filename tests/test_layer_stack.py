@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gated_chunk": {"memory_softmax": "chunk", "retrieval_stride": 32},
     "joint": {"fusion": "joint", "memory_bias": True},
     "adapter": {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"},
+    "wide_adapter": {"memory_adapter": "linear", "memory_adapter_width": 3, "retrieval_stride": 32},
     "scaled_logits": {"fusion": "scaled_logits", "memory_bias": True, "memory_layer": 2, "retrieval_layers": [3]},
     "current": {"query_scope": "current", "query_tokens": 24},
     "forgetting": {"memory_size": 96},

@@ -46,6 +46,7 @@ FUSIONS = {
     "joint": {"fusion": "joint", "memory_bias": True},
     "scaled logits": {"fusion": "scaled_logits"},
     "adapter": {"memory_adapter": "linear"},
+    "wide adapter": {"memory_adapter": "linear", "memory_adapter_width": 3},
     "long segments": {"retrieval_stride": 3 * CHUNK, "query_tokens": 7, "prompt_query_tokens": 11},
 }
 

@@ -34,7 +34,7 @@ DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 @dataclass
 class Weights:
-    """A layer's adapters, [ALL, 2 * ALL]."""
+    """A layer's adapters, [ALL, width * 2 * ALL]."""
 
     memory_k_adapter: torch.Tensor
     memory_v_adapter: torch.Tensor
@@ -45,11 +45,11 @@ def identity() -> Weights:
     return Weights(both[:ALL], both[ALL:])
 
 
-def make_layers(seed: int = 0, device: torch.device = CPU) -> list[Weights]:
+def make_layers(seed: int = 0, device: torch.device = CPU, width: int = 1) -> list[Weights]:
     """The first is the identity. Whole numbers: what they make of the bank below is exact."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(-3, 4, (NUM_LAYERS, 2, ALL, 2 * ALL), generator=generator).float()
-    drawn[0] = torch.stack((identity().memory_k_adapter, identity().memory_v_adapter))
+    drawn = torch.randint(-3, 4, (NUM_LAYERS, 2, ALL, width * 2 * ALL), generator=generator).float()
+    drawn[0] = torch.eye(2 * ALL, width * 2 * ALL).view(2, ALL, -1)
     return [Weights(*both) for both in drawn.to(device)]
 
 
@@ -68,7 +68,7 @@ def make_memory(
     bank.keys.copy_(numbers[: bank.keys.numel()].view_as(bank.keys))
     bank.values.copy_(numbers[bank.keys.numel() :].view_as(bank.keys))
     heads = RankHeads(0, 1, 0)
-    adaptation = None if layers is None else Adaptation(layers, heads, staging_tokens, lambda mine: mine)
+    adaptation = None if layers is None else Adaptation(layers, heads, staging_tokens, lambda mine: mine, chunk_size)
     return StepMemory(bank, num_rows, top_k, 256, staging_tokens, heads, adaptation)
 
 
@@ -93,9 +93,17 @@ def begin(memory: StepMemory, *sequences: SequencePlan) -> tuple[ReadGroup, ...]
     return memory.metadata.groups
 
 
-def adapted(weights: Weights, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def adapted(
+    weights: Weights, keys: torch.Tensor, values: torch.Tensor, chunk_size: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What a layer makes of [HEADS, tokens, SIZE]."""
-    stored = torch.cat((*keys, *values), dim=1)
+    tokens = torch.cat((*keys, *values), dim=1)
+    width = weights.memory_k_adapter.shape[1] // tokens.shape[1]
+    rows = []
+    for idx in range(len(tokens)):
+        seen = [idx - back if back <= idx % chunk_size else None for back in range(width)]
+        rows.append(torch.cat([torch.zeros(2 * ALL) if token is None else tokens[token].cpu() for token in seen]))
+    stored = torch.stack(rows).to(tokens.device)
     both = stored @ weights.memory_k_adapter.T, stored @ weights.memory_v_adapter.T
     made = [torch.stack(tokens.split(SIZE, dim=1)) for tokens in both]
     return made[0], made[1]

@@ -76,8 +76,8 @@ class Adapter:
             _check_tensor(name, tensor, self.lora)
         _check_pairs(self.tensors, self.lora)
         memory = _check_block(self.memlong, self.base)
-        for name in self.tensors:
-            _check_memory_parameter(name, memory, self.memlong)
+        for name, tensor in self.tensors.items():
+            _check_memory_parameter(name, tensor, memory, self.memlong)
         try:
             json.dumps(self.training, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -152,7 +152,7 @@ def _check_block(block: object, base: BaseIdentity | None) -> MemoryConfig:
         raise AdapterError(str(error)) from error
 
 
-def _check_memory_parameter(name: str, memory: MemoryConfig, block: dict[str, Any]) -> None:
+def _check_memory_parameter(name: str, tensor: torch.Tensor, memory: MemoryConfig, block: dict[str, Any]) -> None:
     match = _MEMORY_PARAMETER.fullmatch(name)
     if match is None:
         return
@@ -162,3 +162,8 @@ def _check_memory_parameter(name: str, memory: MemoryConfig, block: dict[str, An
         raise AdapterError(f"{name}: memlong.memory_bias is false")
     if match[2].endswith("_adapter") and "memory_adapter" in block and memory.memory_adapter is None:
         raise AdapterError(f"{name}: memlong.memory_adapter is null")
+    if match[2].endswith("_adapter") and tensor.shape[1] != memory.memory_adapter_width * 2 * tensor.shape[0]:
+        raise AdapterError(
+            f"{name} has shape {list(tensor.shape)}: must have {memory.memory_adapter_width} x 2 times as many columns "
+            "as rows (memlong.memory_adapter_width, and 1 without it)"
+        )

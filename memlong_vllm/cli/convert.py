@@ -23,7 +23,10 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"modeling_memlong.{ARCHITECTURE}",
 }
 # What gives trained parameters their shape or meaning: an adapter works only as it was trained.
-TRAINED_WITH = ("memory_layer", "retrieval_layers", "fusion", "memory_softmax", "memory_bias", "memory_adapter")
+TRAINED_WITH = (
+    "memory_layer", "retrieval_layers", "fusion", "memory_softmax", "memory_bias", "memory_adapter",
+    "memory_adapter_width",
+)  # fmt: skip
 
 
 class ConversionError(ValueError):
@@ -267,7 +270,7 @@ def fresh_value(name: str, parameter: torch.Tensor) -> torch.Tensor:
     """What a memory parameter begins with: gates and biases 0; adapters identity."""
     if not name.endswith(("memory_k_adapter", "memory_v_adapter")):
         return torch.zeros_like(parameter)
-    identity = torch.eye(parameter.shape[1], dtype=parameter.dtype)
+    identity = torch.eye(2 * parameter.shape[0], parameter.shape[1], dtype=parameter.dtype)
     first = 0 if name.endswith("memory_k_adapter") else parameter.shape[0]
     return identity[first : first + parameter.shape[0]]
 

@@ -81,6 +81,7 @@ class MemoryConfig:
         memory_softmax: ``gated`` only: one softmax over ``"all"`` memory, or one per ``"chunk"``.
         memory_bias: adds a learned bias per head to the memory scores.
         memory_adapter: ``"linear"`` maps stored keys and values anew for each retrieval layer.
+        memory_adapter_width: stored tokens that it makes a token of: itself and those before it in its chunk.
         retriever: the embedder.
     """
 
@@ -98,6 +99,7 @@ class MemoryConfig:
     memory_softmax: Literal["all", "chunk"] = "all"
     memory_bias: bool = False
     memory_adapter: Literal["linear"] | None = None
+    memory_adapter_width: int = 1
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
 
     def __post_init__(self) -> None:
@@ -130,6 +132,9 @@ class MemoryConfig:
             if name == "memory_size" and type(self.memory_size) is int and self.memory_size == 0:
                 continue
             _require(_is_count(getattr(self, name)), name, getattr(self, name), "must be a positive integer")
+        width, most = self.memory_adapter_width, 1 if self.memory_adapter is None else self.chunk_size
+        rule = f"must be from 1 to {most}, " + ("chunk_size" if self.memory_adapter else "as memory_adapter is null")
+        _require(_is_count(width) and width <= most, "memory_adapter_width", width, rule)
         length = self.prompt_query_tokens
         rule = "must be a positive integer or null"
         _require(length is None or _is_count(length), "prompt_query_tokens", length, rule)

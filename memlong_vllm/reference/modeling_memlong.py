@@ -91,7 +91,7 @@ class MemLongAttention(nn.Module):
             if self.memory.memory_bias:
                 self.memory_bias = nn.Parameter(torch.zeros(self.num_heads))
             if self.memory.memory_adapter == "linear":
-                identity = torch.eye(2 * kv_size)
+                identity = torch.eye(2 * kv_size, 2 * kv_size * self.memory.memory_adapter_width)
                 self.memory_k_adapter = nn.Parameter(identity[:kv_size].clone())
                 self.memory_v_adapter = nn.Parameter(identity[kv_size:].clone())
 
@@ -137,12 +137,20 @@ class MemLongAttention(nn.Module):
         """A span's memory, [query heads, tokens, d] each, adapted to this layer."""
         keys, values = cache.chunks(span, self.memory.chunk_size)
         if self.memory.memory_adapter == "linear":
-            both = torch.cat([t.transpose(0, 1).flatten(1) for t in (keys, values)], dim=-1)
+            both = self._with_preceding(torch.cat([t.transpose(0, 1).flatten(1) for t in (keys, values)], dim=-1))
             keys, values = (
                 (both @ weight.T).view(-1, self.num_kv_heads, self.head_dim).transpose(0, 1)
                 for weight in (self.memory_k_adapter, self.memory_v_adapter)
             )
         return self._repeat(keys), self._repeat(values)
+
+    def _with_preceding(self, stored: torch.Tensor) -> torch.Tensor:
+        """[tokens, n] of whole chunks -> [tokens, width * n]: a token, then those before it in its chunk, or zeros."""
+        chunks = stored.unflatten(0, (-1, self.memory.chunk_size))
+        parts = [chunks.new_zeros(chunks.shape) for _ in range(self.memory.memory_adapter_width)]
+        for distance, part in enumerate(parts):
+            part[:, distance:] = chunks[:, : self.memory.chunk_size - distance]
+        return torch.cat(parts, dim=-1).flatten(0, 1)
 
     def _fuse(self, local_scores, local_values, memory_scores, memory_values):
         """All [heads, tokens, keys] and [heads, keys, d]; local scores are masked already."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from memlong_vllm.adapter_input import adapter_input
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.ridge import RidgeAccumulator
 from memlong_vllm.training.features import DocumentFeatures
@@ -35,7 +36,7 @@ def calibrate(
     layers = [n for n in memory.retrieval_layers if n > memory.memory_layer]
     if not layers:
         return {}
-    sums = RidgeAccumulator(2 * kv_size, 2 * kv_size * len(layers))
+    sums = RidgeAccumulator(memory.memory_adapter_width * 2 * kv_size, 2 * kv_size * len(layers))
     stack = LayerStack(model, range(memory.memory_layer, layers[-1] + 1))
     with _kept_outputs(model, layers) as made:
         for features, piece in _pieces(documents, num_tokens, memory.local_window):
@@ -47,7 +48,9 @@ def calibrate(
                 with autocast():
                     _, carried = stack(hidden, carried or stack.empty(1, hidden))
             stored = torch.cat([features.keys[piece], features.values[piece]], dim=-1)
-            sums.add(stored, torch.cat([made[n, kind][0] for n in layers for kind in _KINDS], dim=-1).cpu())
+            # Windows are whole chunks.
+            seen = adapter_input(stored, memory.memory_adapter_width, memory.chunk_size)
+            sums.add(seen, torch.cat([made[n, kind][0] for n in layers for kind in _KINDS], dim=-1).cpu())
     maps, explained = sums.fit(RIDGE), {}
     for idx, layer in enumerate(layers):
         keys, values = (slice((2 * idx + i) * kv_size, (2 * idx + i + 1) * kv_size) for i in range(2))
@@ -103,6 +106,6 @@ def is_fresh(model: MemLongForCausalLM) -> bool:
     for layer in memory.retrieval_layers:
         weights = model.model.layers[layer].self_attn
         both = torch.cat([weights.memory_k_adapter, weights.memory_v_adapter]).float()
-        if layer > memory.memory_layer and not torch.equal(both, torch.eye(len(both), device=both.device)):
+        if layer > memory.memory_layer and not torch.equal(both, torch.eye(*both.shape, device=both.device)):
             return False
     return True

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memlong_vllm.adapter_input import adapter_input
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.reference.modeling_memlong import MemLongAttention
 from memlong_vllm.training.segment_memory import SegmentMemory
@@ -119,6 +120,7 @@ class MemoryReader:
         if self.config.memory_adapter is None:
             return keys, values
         both = torch.cat([tensor.transpose(1, 2).flatten(2) for tensor in (keys, values)], dim=-1)
+        both = adapter_input(both, self.config.memory_adapter_width, self.config.chunk_size)
         weights = (self.attention.memory_k_adapter, self.attention.memory_v_adapter)
         key, value = (
             torch.nn.functional.linear(both, weight).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from memlong_vllm.adapter_input import adapter_input
 from memlong_vllm.worker.transfer import RankHeads
 
 AllGather = Callable[[torch.Tensor], torch.Tensor]
@@ -14,9 +15,9 @@ AllGather = Callable[[torch.Tensor], torch.Tensor]
 
 
 class AdapterWeights(Protocol):
-    """W_k and W_v of a layer, [S, 2·S], where S is all ranks' key-value heads, joined.
+    """W_k and W_v of a layer, [S, w·2·S], where S is all ranks' key-value heads, joined.
 
-    They multiply [k;v] of a stored token, and are whole on every rank.
+    They multiply [k;v] of a stored token and of the w − 1 before it in its chunk, and are whole on every rank.
     """
 
     @property
@@ -48,19 +49,28 @@ class Adaptation:
         layers: the retrieval layers' weights, looked up at each use, since loaders replace them.
         heads: this rank's place among the ranks.
         max_tokens: tokens of one rank's heads that staging holds. No more than its size is made
-            for a moment of all ranks' keys and values.
+            for a moment of all ranks' keys and values, and of those of tokens before them.
+        chunk_size: tokens a chunk.
 
     Attributes:
         num_adapted: spans multiplied by weights so far, each once a layer.
     """
 
     def __init__(
-        self, layers: Sequence[AdapterWeights], heads: RankHeads, max_tokens: int, all_gather: AllGather
+        self,
+        layers: Sequence[AdapterWeights],
+        heads: RankHeads,
+        max_tokens: int,
+        all_gather: AllGather,
+        chunk_size: int,
     ) -> None:
         self.num_adapted = 0
         self._layers = layers
         self._heads = heads
-        self._max_tokens = max(1, max_tokens // heads.num_ranks)
+        rows, columns = layers[0].memory_k_adapter.shape
+        self._width = columns // (2 * rows)
+        self._chunk_size = chunk_size
+        self._max_tokens = max(1, max_tokens // (heads.num_ranks * self._width))
         self._all_gather = all_gather
         self._identities: frozenset[int] = frozenset()
         self._is_stale = True
@@ -104,15 +114,21 @@ class Adaptation:
             return
         self.num_adapted += keys.shape[0] * len(changing)
         size = max(1, self._max_tokens // keys.shape[0])
-        for first in range(0, keys.shape[2], size):
-            stored = self._join(keys[:, :, first : first + size], values[:, :, first : first + size])
+        # From the end, so that nothing is overwritten before tokens behind it have seen it.
+        for first in reversed(range(0, keys.shape[2], size)):
+            tokens = slice(first, min(first + size, keys.shape[2]))
+            stored = self._join(keys, values, tokens)
             for target in changing:
-                self._apply(stored, target, slice(first, first + size))
+                self._apply(stored, target, tokens)
 
-    def _join(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """[G, R, M, d] of this rank -> a copy, [G, M, 2·S]: all ranks' keys, then their values."""
-        mine = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), dim=2).flatten(3)
-        return self._all_gather(mine).flatten(2)
+    def _join(self, keys: torch.Tensor, values: torch.Tensor, tokens: slice) -> torch.Tensor:
+        """[G, R, M, d] of this rank -> a copy, [G, T, w·2·S]: all ranks' keys, then their values, then
+        those of the tokens before."""
+        first = max(0, tokens.start - self._width + 1)
+        part = slice(first, tokens.stop)
+        mine = torch.stack((keys[:, :, part].transpose(1, 2), values[:, :, part].transpose(1, 2)), dim=2).flatten(3)
+        stored = adapter_input(self._all_gather(mine).flatten(2), self._width, self._chunk_size, first)
+        return stored[:, tokens.start - first :]
 
     def _apply(self, stored: torch.Tensor, target: AdaptedKV, tokens: slice) -> None:
         num_heads, head_dim = target.keys.shape[1], target.keys.shape[3]
