@@ -102,11 +102,13 @@ def test_end_to_end(checkpoints: Checkpoints, text: str, tmp_path: Path, capsys:
     result = json.loads(output.read_text())
     assert [row["layer"] for row in result["layers"]] == list(range(5))
     for row in result["layers"]:
-        worth = (row["gain"]["mean"] + row["drop"]["mean"]) / 2
-        assert row["worth"]["mean"] == pytest.approx(worth, abs=1e-6)
+        mean = (row["gain"]["mean"] + row["drop"]["mean"]) / 2
+        assert row["worth"]["mean"] == pytest.approx(mean, abs=1e-6)
         assert row["gain"]["mean"] != 0
         assert row["gain"]["error"] > 0
-    assert len(result["readers"]) == 2
+    measured = [readers["memory_layer"] for readers in result["readers"]]
+    worth = sorted(result["layers"], key=lambda row: -row["worth"]["mean"])[:2]
+    assert measured == sorted({layer for row in worth for layer in (row["layer"], row["layer"] - 1) if layer >= 0})
     for readers in result["readers"]:
         above = list(range(readers["memory_layer"] + 1, 5))
         assert [row["layer"] for row in readers["layers"]] == above
@@ -194,6 +196,7 @@ def reader_measures(memory_layer: int, reached: float, noise: float = 0.01) -> R
 def test_the_layer_worth_most_is_proposed() -> None:
     measures = layer_measures([0, 0.1, 1, 2, 0.2], [0, 0.5, 3, 1, 0.1], noise=0.01)
     assert candidate_layers(measures, 3) == (1, 2, 3)
+    assert candidate_layers(measures, 3, with_below=True) == (0, 1, 2, 3)
     assert propose_by_worth(measures).memory_layer == 2
 
 

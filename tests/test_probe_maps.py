@@ -11,7 +11,7 @@ from memlong_vllm.probe.maps import MapFitter, sums_bytes
 from memlong_vllm.probe.reading import Memory
 from tests.checkpoints import Checkpoints
 
-WINDOW, PASSAGE, MEMORY_LAYER = 64, 256, 3
+WINDOW, CHUNK, PASSAGE, MEMORY_LAYER = 64, 32, 256, 3
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,10 @@ def backbone(checkpoints: Checkpoints) -> Backbone:
     return Backbone(LlamaForCausalLM.from_pretrained(checkpoints.base(), dtype=torch.float32))
 
 
-def test_maps_and_their_r_squared(backbone: Backbone, tokens: list[int]) -> None:
+@pytest.mark.parametrize("width", [1, 2])
+def test_maps_and_their_r_squared(backbone: Backbone, tokens: list[int], width: int) -> None:
     passages = [tokens[first : first + PASSAGE] for first in range(0, 20 * PASSAGE, PASSAGE)]
-    fitter = MapFitter(backbone, [MEMORY_LAYER, backbone.num_layers - 1], WINDOW)
+    fitter = MapFitter(backbone, [MEMORY_LAYER, backbone.num_layers - 1], WINDOW, CHUNK, width)
     fitter.add(passages[:16])
     fitter.add(passages[16:], unseen=True)
     found = fitter.fit(1e-4)
@@ -43,7 +44,7 @@ def test_maps_and_their_r_squared(backbone: Backbone, tokens: list[int]) -> None
 
 
 def test_the_sums_are_as_large_as_said(backbone: Backbone) -> None:
-    fitter = MapFitter(backbone, [0, 2], WINDOW)
+    fitter = MapFitter(backbone, [0, 2], WINDOW, CHUNK, 3)
     sums = [*fitter.fitted.values(), *fitter.unseen.values()]
     taken = sum(each.inputs.nbytes + each.products.nbytes for each in sums)
-    assert sums_bytes(backbone, [0, 2]) == taken
+    assert sums_bytes(backbone, [0, 2], 3) == taken

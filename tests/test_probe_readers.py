@@ -33,7 +33,7 @@ def trials(checkpoints: Checkpoints) -> list[PreparedTrial]:
 
 @pytest.fixture(scope="module")
 def maps(trials: list[PreparedTrial], tokens: list[int]) -> dict[int, ReaderMap]:
-    fitter = MapFitter(trials[0].backbone, [MEMORY_LAYER], GEOMETRY.window)
+    fitter = MapFitter(trials[0].backbone, [MEMORY_LAYER], GEOMETRY.window, GEOMETRY.chunk_size, 2)
     fitter.add([tokens[:320]])
     fitter.add([tokens[320:640]], unseen=True)
     return fitter.fit(0.1)[MEMORY_LAYER]

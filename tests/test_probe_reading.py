@@ -85,9 +85,11 @@ def test_one_layer_reading_itself_is_the_reference(
     assert difference(read_last_segment(backbone, tokens, {}), wanted) > 100 * TOLERANCE
 
 
-def test_mapped_layers_are_the_reference_with_adapters(checkpoints: Checkpoints, tokens: list[int]) -> None:
+@pytest.mark.parametrize("width", [1, 3])
+def test_mapped_layers_are_the_reference_with_adapters(checkpoints: Checkpoints, tokens: list[int], width: int) -> None:
     tokens = tokens[: START + QUESTION]
     block = BLOCK | {"memory_layer": 1, "retrieval_layers": [3, 4], "memory_adapter": "linear"}
+    block["memory_adapter_width"] = width
     reference, wanted, chunk_ids = reference_segment(checkpoints.memlong(**block), tokens)
     backbone = Backbone(reference.model)
     stored = own_memory(read_passage(backbone, torch.tensor(tokens[:START]), WINDOW)[1], chunk_ids, CHUNK)
@@ -95,7 +97,7 @@ def test_mapped_layers_are_the_reference_with_adapters(checkpoints: Checkpoints,
     for layer in (3, 4):
         attention = reference.model.model.layers[layer].self_attn
         with torch.inference_mode():
-            reader = ReaderMap(attention.memory_k_adapter, attention.memory_v_adapter, 0, 0)
+            reader = ReaderMap(attention.memory_k_adapter, attention.memory_v_adapter, CHUNK, 0, 0)
             memories[layer] = reader.apply(stored)
     assert difference(read_last_segment(backbone, tokens, memories), wanted) <= TOLERANCE
     with torch.inference_mode():

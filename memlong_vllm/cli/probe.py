@@ -100,7 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("chunks", "N", "chunks a question reads"),
         ("trials", "N", "passages with questions"),
         ("facts", "N", "facts and questions of a passage, at most"),
-        ("candidates", "N", "memory layers whose readers are measured; 0: only the layers themselves"),
+        (
+            "candidates",
+            "N",
+            "memory layers whose readers are measured, and with --adapter-width above 1 those below; 0: none",
+        ),
+        ("adapter_width", "N", "tokens that a reader's map sees: one and those before it in its chunk"),
         ("fit_passages", "N", "passages for the readers' linear maps"),
         ("max_layers", "N", "retrieval layers to propose at most"),
         ("seed", "N", "of names, numbers and places"),
@@ -123,10 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> ProbeSettings:
-    names = ("window", "chunk_size", "chunks", "trials", "facts", "candidates", "fit_passages", "max_layers", "ridge")
+    counts = ("window", "chunk_size", "chunks", "trials", "facts", "candidates", "adapter_width", "fit_passages")
     return ProbeSettings(
-        **{name: getattr(arguments, name) for name in names},
-        seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in (*counts, "max_layers", "ridge", "seed")},
         memory_layers=tuple(sorted(set(arguments.memory_layers))),
         facts_distract=arguments.distractors == "facts",
     )

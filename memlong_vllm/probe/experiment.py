@@ -26,8 +26,10 @@ class ProbeSettings:
     """Attributes:
     facts: of a passage, each asked for by a question of its own.
     facts_distract: a question also reads the chunks of the other facts; else prose and its own.
-    candidates: memory layers whose readers are measured, those worth most; 0: none, and no maps.
+    candidates: memory layers whose readers are measured, those worth most, and the layers below
+        them if maps see several tokens; 0: none, and no maps.
     memory_layers: these instead.
+    adapter_width: tokens that the maps of readers see: one and those before it in its chunk.
     fit_passages: for the maps; a fifth of them for R² only.
     max_layers: retrieval layers proposed at most.
     """
@@ -40,6 +42,7 @@ class ProbeSettings:
     facts_distract: bool = False
     candidates: int = 3
     memory_layers: tuple[int, ...] = ()
+    adapter_width: int = 2
     fit_passages: int = 10
     ridge: float = 1e-4
     max_layers: int = 4
@@ -51,6 +54,8 @@ class ProbeSettings:
             if getattr(self, name) < minimum:
                 option = "--" + name.replace("_", "-")
                 raise ProbeError(f"{option} {getattr(self, name)}: must be at least {minimum}")
+        if not 1 <= self.adapter_width <= self.chunk_size:
+            raise ProbeError(f"--adapter-width {self.adapter_width}: must be from 1 to --chunk-size {self.chunk_size}")
         if self.reads_maps and self.fit_passages < UNSEEN_SHARE:
             raise ProbeError(f"--fit-passages {self.fit_passages}: must be at least {UNSEEN_SHARE}, or --candidates 0")
 
@@ -116,7 +121,7 @@ def run_probe(model: Any, tokenizer: Any, texts: Sequence[str], settings: ProbeS
         for trial in each(passages[: settings.trials], "reading passage", say)
     ]
     layers = measure_layers(trials, say)
-    candidates = settings.memory_layers or candidate_layers(layers, settings.candidates)
+    candidates = settings.memory_layers or candidate_layers(layers, settings.candidates, settings.adapter_width > 1)
     say(f"layers worth most: {list(candidate_layers(layers, 5))}; measuring {list(candidates)}")
     readers = measure_candidates(backbone, trials, fitted, candidates, settings, geometry, say)
     proposal = propose(readers) if readers else propose_by_worth(layers)
@@ -146,8 +151,9 @@ def measure_candidates(
     """The readers of each candidate that has layers above it."""
     if not candidates:
         return ()
-    say(f"fitting maps from layers {list(candidates)}: {sums_bytes(backbone, candidates) / GIB:.1f} GiB of sums")
-    fitter, unseen = MapFitter(backbone, candidates, geometry.window), len(fitted) // UNSEEN_SHARE
+    needed, unseen = sums_bytes(backbone, candidates, settings.adapter_width), len(fitted) // UNSEEN_SHARE
+    say(f"fitting maps from layers {list(candidates)}: {needed / GIB:.1f} GiB of sums")
+    fitter = MapFitter(backbone, candidates, geometry.window, geometry.chunk_size, settings.adapter_width)
     for number, passage in enumerate(each(fitted, "fitting passage", say)):
         fitter.add([passage.context], unseen=number < unseen)
     maps = fitter.fit(settings.ridge)

@@ -20,10 +20,16 @@ class Proposal:
     reason: str
 
 
-def candidate_layers(measures: LayerMeasures, count: int) -> tuple[int, ...]:
-    """The layers worth most, ascending."""
+def candidate_layers(measures: LayerMeasures, count: int, with_below: bool = False) -> tuple[int, ...]:
+    """The layers worth most, ascending.
+
+    Args:
+        with_below: and the layer below each. It reads nothing itself, but what it stores is nearest
+            to what a layer that copies makes its keys of, if maps see the token before, too.
+    """
     ranked = sorted(range(len(measures.alone)), key=lambda layer: (-measures.worth(layer).mean, layer))
-    return tuple(sorted(ranked[:count]))
+    chosen = set(ranked[:count])
+    return tuple(sorted(chosen | {layer - 1 for layer in chosen if with_below and layer > 0}))
 
 
 def propose_by_worth(measures: LayerMeasures) -> Proposal:

@@ -29,7 +29,7 @@ def convert_settings(result: ProbeResult) -> dict[str, Any]:
         "fusion": "joint",
     }
     if proposal.retrieval_layers != (proposal.memory_layer,):
-        settings["memory_adapter"] = "linear"
+        settings |= {"memory_adapter": "linear", "memory_adapter_width": result.settings.adapter_width}
     return settings | {
         "local_window": geometry.window,
         "chunk_size": geometry.chunk_size,
