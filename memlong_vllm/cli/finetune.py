@@ -61,6 +61,10 @@ def _add_data(group: Any) -> None:
         "--weave-facts", type=int, default=0, metavar="GAP",
         help="put facts, and questions for them out of sight, into training texts every GAP tokens or so; 0: none",
     )  # fmt: skip
+    group.add_argument(
+        "--weave-copies", type=float, default=WeaveRecipe.copies, metavar="SHARE",
+        help=f"of what is woven in, repeat a passage instead (default: {WeaveRecipe.copies})",
+    )  # fmt: skip
 
 
 def _add_training(group: Any) -> None:
@@ -129,6 +133,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--output {output}: name a .safetensors file")
     if arguments.weave_facts < 0:
         raise SettingsError(f"--weave-facts {arguments.weave_facts}: must be 0 or more")
+    if not 0 <= arguments.weave_copies <= 1:
+        raise SettingsError(f"--weave-copies {arguments.weave_copies}: must be from 0 to 1")
     for name in ("document_tokens", "valid_tokens", "max_documents"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -172,5 +178,6 @@ class _Texts:
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        memory, recipe = MemLongConfig.from_pretrained(self.model).memory, WeaveRecipe(self.arguments.weave_facts)
+        memory = MemLongConfig.from_pretrained(self.model).memory
+        recipe = WeaveRecipe(self.arguments.weave_facts, copies=self.arguments.weave_copies)
         return [weave(document, encode, memory, recipe, self.settings.seed) for document in train]
