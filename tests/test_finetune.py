@@ -76,6 +76,25 @@ def test_loss_falls_and_only_the_upper_half_learns(
     assert adapter.digest() == load_adapter(output).digest()
 
 
+def test_each_part_learns_at_its_own_rate(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    """Adam moves a number by about the rate in a step. The first step reads nothing yet."""
+    rates = {"learning_rate": 1e-3, "memory_learning_rate": 1e-2, "adapter_learning_rate": 1e-5, "warmup_steps": 0}
+    folder = checkpoints.memlong(gates=0.0, **JOINT)
+    adapter = train(folder, tmp_path / "a.safetensors", tokens, cache, steps=4, validate_every=0, **rates)
+    moved = {
+        kind: max(
+            float((tensor.float() - torch.eye(*tensor.shape) if kind == "k_adapter" else tensor).abs().max())
+            for name, tensor in adapter.tensors.items()
+            if name.endswith(kind) and not (kind == "k_adapter" and ".1." in name)
+        )
+        for kind in ("lora_B", "memory_bias", "k_adapter")
+    }
+    for kind, rate in (("lora_B", 1e-3), ("memory_bias", 1e-1), ("k_adapter", 1e-5)):
+        assert rate <= moved[kind] * 1.01 <= 4.1 * rate, kind
+
+
 def test_an_interrupted_run_goes_on_exactly(
     checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +301,7 @@ def test_features_are_computed_once(
         ({"precision": "fp16"}, "precision = 'fp16'"),
         ({"parts": {"dropout": 1.0}}, "lora_dropout = 1.0"),
         ({"memory_learning_rate": 0.0}, "memory_learning_rate = 0.0"),
+        ({"adapter_learning_rate": 0.0}, "adapter_learning_rate = 0.0"),
     ],
 )
 def test_bad_settings_are_named(values: dict, message: str) -> None:

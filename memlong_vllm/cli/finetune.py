@@ -71,8 +71,9 @@ def _add_training(group: Any) -> None:
     group.add_argument("--no-memory", dest="with_memory", action="store_false", default=None, help="train the control")
     for name, kind in (
         ("steps", int), ("rows", int), ("accumulation", int), ("segment-tokens", int), ("learning-rate", float),
-        ("memory-learning-rate", float), ("warmup-steps", int), ("weight-decay", float), ("max-grad-norm", float),
-        ("bias-start", float), ("calibrate-tokens", int), ("validate-every", int), ("save-every", int), ("seed", int),
+        ("memory-learning-rate", float), ("adapter-learning-rate", float), ("warmup-steps", int),
+        ("weight-decay", float), ("max-grad-norm", float), ("bias-start", float), ("calibrate-tokens", int),
+        ("validate-every", int), ("save-every", int), ("seed", int),
     ):  # fmt: skip
         group.add_argument(f"--{name}", type=kind)
     group.add_argument("--schedule", choices=("constant", "linear", "cosine"))
@@ -91,8 +92,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 _SETTINGS = (
     "with_memory", "steps", "rows", "accumulation", "segment_tokens", "learning_rate", "memory_learning_rate",
-    "warmup_steps", "weight_decay", "max_grad_norm", "bias_start", "calibrate_tokens", "validate_every", "save_every",
-    "seed", "schedule", "precision", "checkpointing", "rank", "alpha", "dropout", "targets", "full",
+    "adapter_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "bias_start", "calibrate_tokens",
+    "validate_every", "save_every", "seed", "schedule", "precision", "checkpointing", "rank", "alpha", "dropout",
+    "targets", "full",
 )  # fmt: skip
 
 

@@ -21,8 +21,9 @@ class FinetuneSettings:
         accumulation: batches an update is made of.
         segment_tokens: tokens of a stream a batch takes (section 4.1: 1024).
         learning_rate: of LoRA and of what is trained whole, after ``warmup_steps`` of linear rise.
-        memory_learning_rate: of adapters of memory, a tenth of that of gates and biases; None:
-            ``learning_rate``.
+        memory_learning_rate: a tenth of that of gates and biases; None: ``learning_rate``.
+        adapter_learning_rate: of adapters of memory; None: ``memory_learning_rate``. Maps that were fitted
+            (``calibrate_tokens``) have many small entries, and do not outlive a rate that is good for LoRA.
         schedule: what the rates do after warm-up.
         bias_start: ``memory_bias`` of a model that has one, before the first step, if it is 0.
         calibrate_tokens: tokens that fresh (identity) ``memory_adapter`` maps are fitted on; 0: not.
@@ -38,6 +39,7 @@ class FinetuneSettings:
     segment_tokens: int = 1024
     learning_rate: float = 5e-5
     memory_learning_rate: float | None = None
+    adapter_learning_rate: float | None = None
     warmup_steps: int = 50
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 0.0
@@ -57,8 +59,9 @@ class FinetuneSettings:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         for name in ("learning_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        rate = self.memory_learning_rate
-        _require(rate is None or rate > 0, "memory_learning_rate", rate, "must be positive")
+        for name in ("memory_learning_rate", "adapter_learning_rate"):
+            rate = getattr(self, name)
+            _require(rate is None or rate > 0, name, rate, "must be positive")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
         _require(self.schedule in ("constant", "linear", "cosine"), "schedule", self.schedule, "is unknown")
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be bf16 or fp32")

@@ -98,14 +98,21 @@ class Trainer:
         self.step = 0
 
     def _optimizer(self) -> torch.optim.AdamW:
-        rate = self.settings.learning_rate
-        memory_rate = self.settings.memory_learning_rate or rate
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.trained.items():
-            factor = _PER_HEAD_FACTOR if name.endswith(_PER_HEAD) else 1.0
-            groups.setdefault(factor * memory_rate if ".memory_" in name else rate, []).append(parameter)
+            groups.setdefault(self._learning_rate(name), []).append(parameter)
         made = [{"params": members, "lr": value} for value, members in groups.items()]
         return torch.optim.AdamW(made, weight_decay=self.settings.weight_decay, betas=(0.9, 0.98))
+
+    def _learning_rate(self, name: str) -> float:
+        """Of a parameter, after warm-up."""
+        settings = self.settings
+        memory_rate = settings.memory_learning_rate or settings.learning_rate
+        if name.endswith(_PER_HEAD):
+            return _PER_HEAD_FACTOR * memory_rate
+        if ".memory_" in name:
+            return settings.adapter_learning_rate or memory_rate
+        return settings.learning_rate
 
     def run(self, on_validation: Callable[[int, Validation], None] = lambda step, validation: None) -> None:
         """Train to the end, from where the run was.
