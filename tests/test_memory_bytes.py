@@ -97,5 +97,5 @@ def test_bytes_are_those_of_slots_rows_and_staging() -> None:
     assert memory_bytes(config)["step_buffers"] == buffers + 640 * 196 * 8
     config.additional_config["memlong"] |= {"top_k": 4, "staging_tokens": 256}
     assert memory_bytes(config)["staging"] == 256 * token
-    config.additional_config["memlong"] |= {"memory_adapter": None}
+    config.additional_config["memlong"] |= {"memory_adapter": None, "memory_adapter_width": 1}
     assert memory_bytes(config)["working_set"] == 3 * 256 * token
