@@ -44,11 +44,17 @@ def documents(tokens: Sequence[int], sizes: Sequence[int]) -> list[Document]:
 
 
 def train(
-    model: Path, output: Path, tokens: Sequence[int], cache: Path, restart: bool = False, **settings: Any
+    model: Path,
+    output: Path,
+    tokens: Sequence[int],
+    cache: Path,
+    restart: bool = False,
+    start: Path | None = None,
+    **settings: Any,
 ) -> Adapter:
     """Fine-tune on three documents, validate on a fourth."""
     *train, valid = documents(tokens, (400, 330, 270, 300))
-    job = FinetuneJob(model, output, cache, cpu=True, restart=restart)
+    job = FinetuneJob(model, output, cache, start=start, cpu=True, restart=restart)
     return finetune(
         job, FinetuneSettings(**(SETTINGS | settings)), lambda tokenizer: (train, [valid]), lambda text: None
     )

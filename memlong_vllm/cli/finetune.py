@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memlong_vllm.adapters.errors import AdapterError
 from memlong_vllm.cli.convert import is_memlong
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import MemLongConfig, MemoryConfigError
@@ -31,7 +32,7 @@ from memlong_vllm.training.woven_facts import WeaveRecipe, weave
 
 _ERRORS = (
     SettingsError, TextsError, ResumeError, RetrieverLoadError, MemoryConfigError, ModelArgumentError, DivergedError,
-    FingerprintError, RidgeError, OSError,
+    FingerprintError, RidgeError, AdapterError, OSError,
 )  # fmt: skip
 
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="MemLong checkpoint to train (a folder), or demo-base")
     parser.add_argument("--output", type=Path, required=True, help="adapter file to write (.safetensors)")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from; options override them")
+    parser.add_argument("--start", type=Path, metavar="ADAPTER", help="go on from what an adapter learned")
     parser.add_argument("--restart", action="store_true", help="forget an interrupted run with this output")
     parser.add_argument(
         "--cache-dir", type=Path, help="where frozen features are kept (default: the user's cache folder)"
@@ -109,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.output,
             arguments.cache_dir or _default_cache(),
             arguments.retriever_path,
+            arguments.start,
             arguments.cpu,
             arguments.restart,
             {"command": shlex.join(["memlong-vllm", *sys.argv[1:]])},

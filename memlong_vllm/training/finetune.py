@@ -26,7 +26,7 @@ from memlong_vllm.training.documents import Document, TextsError
 from memlong_vllm.training.features import DocumentFeatures, FrozenHalf
 from memlong_vllm.training.run_state import RunFolder
 from memlong_vllm.training.settings import FinetuneSettings
-from memlong_vllm.training.trainable import half_precision, learned_tensors, select_trained
+from memlong_vllm.training.trainable import half_precision, learned_tensors, select_trained, start_from
 from memlong_vllm.training.trainer import Trainer, make_accelerator
 from memlong_vllm.training.validation import Validation
 
@@ -42,6 +42,7 @@ class FinetuneJob:
         output: the adapter file to write; the run's folder is ``output`` with ``.run`` appended.
         cache_dir: of frozen features.
         retriever_path: in place of the checkpoint's retriever.
+        start: adapter that training goes on from, of the same base and with the same parts; None: afresh.
         cpu: use the CPU even where there is a GPU.
         restart: forget an interrupted run with this output.
         notes: put into the adapter's metadata as they are.
@@ -51,6 +52,7 @@ class FinetuneJob:
     output: Path
     cache_dir: Path
     retriever_path: str | None = None
+    start: Path | None = None
     cpu: bool = False
     restart: bool = False
     notes: dict[str, Any] | None = None
@@ -73,7 +75,7 @@ def finetune(
         make_documents: tokenizer -> training and validation documents.
 
     Raises:
-        SettingsError, TextsError, ResumeError, RetrieverLoadError: before training begins.
+        SettingsError, TextsError, ResumeError, RetrieverLoadError, AdapterError: before training begins.
         DivergedError: if the loss is no number any more.
     """
     torch.manual_seed(settings.seed)
@@ -104,13 +106,17 @@ def _prepare(
         raise TextsError(f"{len(documents)} training texts are too few for {streams} rows: lower --rows")
     base = backbone_identity(model.state_dict(), model.config)
     identity = _identity(job, settings, base, model, documents, valid_documents, accelerator.num_processes)
+    trained = select_trained(model, settings.parts, settings.with_memory)
+    if job.start is not None:
+        start = load_adapter(job.start)
+        start_from(start, base, settings.parts, trained)
+        identity["start"] = start.digest()
     folder = RunFolder(job.folder)
     if accelerator.is_main_process:
         folder.open(identity, job.restart)
     accelerator.wait_for_everyone()
 
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    trained = select_trained(model, settings.parts, settings.with_memory)
     # LoRA begins alike everywhere; what dropout draws from now on does not.
     torch.manual_seed(settings.seed + accelerator.process_index)
     half_precision(model, dtype)
@@ -267,6 +273,7 @@ class _BestAdapter:
             "settings": self.settings.to_dict(),
             "train": self.identity["train"],
             "valid": self.identity["valid"],
+            **({"start": self.identity["start"]} if "start" in self.identity else {}),
             "step": step,
             "validation": validation and validation.to_dict(),
             "versions": {name: metadata.version(name) for name in VERSIONS_OF},

@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from memlong_vllm.adapters.adapter import Adapter, LoraSettings
+from memlong_vllm.adapters.base_identity import BaseIdentity
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -138,8 +140,35 @@ def _may_change(name: str, model: MemLongForCausalLM) -> bool:
 def learned_tensors(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """What was learned, on the CPU, by the names of an adapter file: LoRA's halves as
     ``….q_proj.lora_A`` and ``.lora_B``, everything else by its checkpoint name."""
-    names = {name: re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name) for name in trained}
-    return {names[name]: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+    return {_in_file(name): parameter.detach().cpu().clone() for name, parameter in trained.items()}
+
+
+def _in_file(name: str) -> str:
+    return re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name)
+
+
+def start_from(adapter: Adapter, base: BaseIdentity, parts: TrainedParts, trained: dict[str, nn.Parameter]) -> None:
+    """Give the parameters that learn what ``adapter`` learned, in place.
+
+    Raises:
+        SettingsError: if it is another model's, or holds another selection of parameters.
+    """
+    if adapter.base is not None and (differences := adapter.base.differences(base)):
+        raise SettingsError(f"start: the adapter is another base model's: {'; '.join(differences)}")
+    lora = LoraSettings(parts.rank, parts.alpha) if parts.rank else None
+    if adapter.lora != lora:
+        raise SettingsError(f"start: the adapter has {adapter.lora}, this run {lora}: give the same rank and alpha")
+    differing = sorted(adapter.tensors.keys() ^ {_in_file(name) for name in trained})
+    if differing:
+        raise SettingsError(
+            f"start: {len(differing)} parameters learn in one of adapter and run only, the first {differing[0]}: "
+            "train the same parts of the same retrieval layers"
+        )
+    for name, parameter in trained.items():
+        learned = adapter.tensors[_in_file(name)]
+        if learned.shape != parameter.shape:
+            raise SettingsError(f"start: {name} is {list(learned.shape)} in the adapter, {list(parameter.shape)} here")
+        parameter.data.copy_(learned)
 
 
 def half_precision(model: MemLongForCausalLM, dtype: torch.dtype) -> None:
