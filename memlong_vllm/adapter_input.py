@@ -8,7 +8,6 @@ token's neighbours; ``memory_adapter_width`` lets the adapter see them.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
 
 def adapter_input(stored: torch.Tensor, width: int, chunk_size: int, first: int = 0) -> torch.Tensor:
@@ -28,8 +27,9 @@ def adapter_input(stored: torch.Tensor, width: int, chunk_size: int, first: int 
         return stored
     count = stored.shape[-2]
     place = torch.arange(first, first + count, device=stored.device) % chunk_size
-    parts = [stored]
-    for distance in range(1, width):
-        before = pad(stored, (0, 0, distance, 0))[..., :count, :]
-        parts.append(before.masked_fill((place < distance)[:, None], 0))
-    return torch.cat(parts, dim=-1)
+    seen = stored.new_zeros(*stored.shape[:-1], width, stored.shape[-1])
+    for distance in range(width):
+        before = seen[..., distance, :]
+        before[..., distance:, :] = stored[..., : max(0, count - distance), :]
+        before.masked_fill_((place < distance)[:, None], 0)
+    return seen.flatten(-2)

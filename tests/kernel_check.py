@@ -73,7 +73,9 @@ for name in ("gated", "gated_chunk", "joint"):
     CASES[f"{name}_blocks"] = replace(base, dtype=torch.float32, chunk_size=40, block=16, max_programs=20)
     CASES[f"{name}_gathered"] = Case(memory=FUSIONS[name], in_rows=False)
     CASES[f"{name}_staged"] = Case(memory=FUSIONS[name], is_on_device=False)
-    CASES[f"{name}_adapted"] = Case(memory=FUSIONS[name] | {"memory_adapter": "linear", "memory_adapter_width": 2})
+    CASES[f"{name}_adapted"] = Case(
+        memory=FUSIONS[name] | {"memory_adapter": "linear", "memory_adapter_width": 2 if name == "joint" else 1}
+    )
 
 
 @dataclass
@@ -206,9 +208,10 @@ class Run:
         if self.config.memory_adapter is None:
             return keys[None], values[None]
         both = torch.cat((keys.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1)), dim=1)
-        before = both.roll(1, dims=0)
-        before[:: self.config.chunk_size] = 0
-        both = torch.cat((both, before), dim=1)
+        if self.config.memory_adapter_width == 2:
+            before = both.roll(1, dims=0)
+            before[:: self.config.chunk_size] = 0
+            both = torch.cat((both, before), dim=1)
         weights = self.adapters[1].memory_k_adapter.float(), self.adapters[1].memory_v_adapter.float()
         made = [(both @ w.T).unflatten(1, (keys.shape[0], -1)).transpose(0, 1)[None] for w in weights]
         return made[0], made[1]

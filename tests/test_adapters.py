@@ -207,6 +207,14 @@ BAD_FIELDS = [
     ({"memlong": BLOCK | {"colour": 1}}, r"memlong\.colour"),
     ({"memlong": BLOCK | {"retrieval_layers": [1, 2, 3]}}, "layers 0 to 2"),
     ({"memlong": []}, "must be an object"),
+    (
+        {
+            "memlong": BLOCK | {"memory_adapter": "linear", "memory_adapter_width": 2},
+            "lora": None,
+            "tensors": {"model.layers.2.self_attn.memory_k_adapter": torch.ones(16, 32)},
+        },
+        r"has shape \[16, 32\]: must have 2 x 2 times as many columns",
+    ),
     ({"training": {"loss": float("nan")}}, "training cannot be written as JSON"),
 ]
 

@@ -101,7 +101,9 @@ def test_a_memlong_engine_holds_what_is_planned(
         return load_weights(self, weights)  # Afterwards the CPU's matrices are packed elsewhere.
 
     monkeypatch.setattr(MemLongForCausalLM, "load_weights", counting)
-    model = checkpoints.memlong(shape={"head_dim": head_dim}, memory_bias=True, memory_adapter="linear")
+    model = checkpoints.memlong(
+        shape={"head_dim": head_dim}, memory_bias=True, memory_adapter="linear", memory_adapter_width=2
+    )
     engine = start_engine(model, block_size=32)
     config, setup = MemLongConfig.from_pretrained(model), setup_of(engine)
     memory, cache = config.memory, engine.scheduler.kv_cache_config
@@ -202,7 +204,7 @@ def test_as_many_sequences_run_at_once_as_planned(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("memory", [{}, {"memory_bias": True, "memory_adapter": "linear"}])
+@pytest.mark.parametrize("memory", [{}, {"memory_bias": True, "memory_adapter": "linear", "memory_adapter_width": 3}])
 def test_parameters_are_those_of_the_checkpoint(checkpoints: Checkpoints, tied: bool, memory: dict[str, Any]) -> None:
     shape = {"tie_word_embeddings": tied, "head_dim": 20, "attention_bias": tied, "mlp_bias": tied}
     model = checkpoints.memlong(shape=shape, **memory)

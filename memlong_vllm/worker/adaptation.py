@@ -48,8 +48,9 @@ class Adaptation:
     Args:
         layers: the retrieval layers' weights, looked up at each use, since loaders replace them.
         heads: this rank's place among the ranks.
-        max_tokens: tokens of one rank's heads that staging holds. No more than its size is made
-            for a moment of all ranks' keys and values, and of those of tokens before them.
+        max_tokens: tokens of one rank's heads that staging holds. No more than its size is made for
+            a moment of what adapters multiply, all ranks' keys and values of w tokens each, unless
+            one token of every span is more.
         chunk_size: tokens a chunk.
 
     Attributes:
@@ -70,7 +71,7 @@ class Adaptation:
         rows, columns = layers[0].memory_k_adapter.shape
         self._width = columns // (2 * rows)
         self._chunk_size = chunk_size
-        self._max_tokens = max(1, max_tokens // (heads.num_ranks * self._width))
+        self._max_tokens = max_tokens // (heads.num_ranks * self._width)
         self._all_gather = all_gather
         self._identities: frozenset[int] = frozenset()
         self._is_stale = True
@@ -113,7 +114,8 @@ class Adaptation:
         if not changing:
             return
         self.num_adapted += keys.shape[0] * len(changing)
-        size = max(1, self._max_tokens // keys.shape[0])
+        # A part comes with the tokens before it.
+        size = max(1, self._max_tokens // keys.shape[0] - (self._width - 1))
         # From the end, so that nothing is overwritten before tokens behind it have seen it.
         for first in reversed(range(0, keys.shape[2], size)):
             tokens = slice(first, min(first + size, keys.shape[2]))
