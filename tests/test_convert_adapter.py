@@ -100,6 +100,8 @@ def test_a_control_is_made_without_memory(checkpoints: Checkpoints) -> None:
     control = make_adapter(checkpoints, training={"settings": {"with_memory": False}})
     assert adapted_block(block(checkpoints), control, {})["memory_size"] == 0
     assert adapted_block(block(checkpoints), control, {"memory_size": 256})["memory_size"] == 256
+    elsewhere = make_adapter(checkpoints, training={"settings": "as in the paper"})
+    assert adapted_block(block(checkpoints), elsewhere, {})["memory_size"] > 0
 
 
 def test_a_partly_known_block(checkpoints: Checkpoints, adapter: Adapter) -> None:

@@ -139,7 +139,8 @@ def adapted_block(block: dict[str, Any], adapter: Adapter, settings: dict[str, A
 
 def is_control(adapter: Adapter) -> bool:
     """Whether it was trained without memory."""
-    return adapter.training.get("settings", {}).get("with_memory") is False
+    settings = adapter.training.get("settings")
+    return isinstance(settings, dict) and settings.get("with_memory") is False
 
 
 def load_base(base: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
