@@ -58,7 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
         retriever = {"model": "custom_retriever:HashingEmbedder"}
-        settings = {"retriever": retriever, "query_tokens": 32, "top_k": 4, "trace_file": str(trace)}
+        query = {"query_tokens": 32, "prompt_query_tokens": 32}
+        settings = {"retriever": retriever, **query, "top_k": 4, "trace_file": str(trace)}
         llm = LLM(
             model=checkpoint,
             dtype="float32",  # This line and the next two suit a CPU.

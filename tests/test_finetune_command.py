@@ -100,6 +100,8 @@ def test_a_dataset_in_a_folder(
         (["--texts", __file__, "--cache-dir", __file__], "a file is where a folder is needed"),
         (["--texts", __file__, "--lora-targets", ""], "LoRA targets are none"),
         (["--texts", __file__, "--weave-facts", "-1"], "must be 0 or more"),
+        (["--texts", __file__, "--weave-copies", "1.5"], "--weave-copies 1.5: must be from 0 to 1"),
+        (["--texts", __file__, "--rows", "1", "--start", __file__], "not a safetensors file"),
         (["--dataset", "no-such-dataset-here"], "--dataset no-such-dataset-here"),
     ],
 )

@@ -69,3 +69,23 @@ def test_name_and_seed_decide(tokens: list[int], encode: Callable[[str], list[in
     assert first == again
     assert first != weave(Document("x", tuple(tokens[:2000])), encode, MEMORY, RECIPE, 2)
     assert first.token_ids != weave(Document("y", tuple(tokens[:2000])), encode, MEMORY, RECIPE, 1).token_ids
+
+
+def test_copies_are_the_share_that_is_asked_for(tokens: list[int], encode: Callable[[str], list[int]]) -> None:
+    """Of what is repeated, only copies count as prose does: their second half, a stride."""
+    size = MEMORY.retrieval_stride
+
+    def copied(share: float) -> int:
+        document = weave(Document("x", tuple(tokens[:4000])), encode, MEMORY, WeaveRecipe(60, 7.0, share), 0)
+        assert document.loss_weights is not None
+        first: dict[tuple[int, ...], int] = {}
+        found = 0
+        for start in range(len(document.token_ids) - size + 1):
+            passage = document.token_ids[start : start + size]
+            is_prose = set(document.loss_weights[start : start + size]) == {1.0}
+            found += is_prose and start - first.setdefault(passage, start) > MEMORY.local_window
+        return found
+
+    none, some, many = (copied(share) for share in (0.0, 0.2, 0.8))
+    assert none < some / 4, (none, some, many)
+    assert some < many / 2, (none, some, many)

@@ -100,11 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("chunks", "N", "chunks a question reads"),
         ("trials", "N", "passages with questions"),
         ("facts", "N", "facts and questions of a passage, at most"),
-        (
-            "candidates",
-            "N",
-            "memory layers whose readers are measured, and with --adapter-width above 1 those below; 0: none",
-        ),
+        ("candidates", "N", "memory layers whose readers are measured (and those below: --adapter-width > 1); 0: none"),
         ("adapter_width", "N", "tokens that a reader's map sees: one and those before it in its chunk"),
         ("fit_passages", "N", "passages for the readers' linear maps"),
         ("max_layers", "N", "retrieval layers to propose at most"),
