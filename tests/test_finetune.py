@@ -247,6 +247,23 @@ def test_in_half_precision_with_accumulation(
     assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_processor_without_bfloat16_is_told_of(
+    checkpoints: Checkpoints, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    said: dict[str, list[str]] = {"bf16": [], "fp32": []}
+    for precision, lines in said.items():
+        AcceleratorState._reset_state()
+        settings = {"precision": precision, "segment_tokens": 96, "rows": 4}
+        with pytest.raises(TextsError, match="too few for 4 rows"):
+            train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, tmp_path, say=lines.append, **settings)
+    AcceleratorState._reset_state()
+    assert [line for line in said["bf16"] if "--precision fp32" in line] == said["bf16"]
+    assert len(said["bf16"]) == (capability == "AVX2")
+    assert not said["fp32"]
+
+
 def test_a_line_of_the_log_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.log({"step": 1, "validation": {"nll": 2.0}})

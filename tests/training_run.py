@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,13 @@ def train(
     cache: Path,
     restart: bool = False,
     start: Path | None = None,
+    say: Callable[[str], object] = lambda text: None,
     **settings: Any,
 ) -> Adapter:
     """Fine-tune on three documents, validate on a fourth."""
     *train, valid = documents(tokens, (400, 330, 270, 300))
     job = FinetuneJob(model, output, cache, start=start, cpu=True, restart=restart)
-    return finetune(
-        job, FinetuneSettings(**(SETTINGS | settings)), lambda tokenizer: (train, [valid]), lambda text: None
-    )
+    return finetune(job, FinetuneSettings(**(SETTINGS | settings)), lambda tokenizer: (train, [valid]), say)
 
 
 def frozen_half(folder: Path, model: MemLongForCausalLM, cache: Path) -> FrozenHalf:

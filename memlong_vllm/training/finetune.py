@@ -81,6 +81,8 @@ def finetune(
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator(settings, job.cpu)
     say_once = say if accelerator.is_main_process else _silent
+    if settings.precision == "bf16" and _emulates_bfloat16(accelerator.device):
+        say_once("this CPU has no instructions for bfloat16 and takes ten times as long with it: use --precision fp32")
     trainer, best = _prepare(job, settings, make_documents, accelerator, say_once)
     trainer.run(best.offer if accelerator.is_main_process else _ignore)
     if accelerator.is_main_process and not (trainer.valid and job.output.exists()):
@@ -134,6 +136,10 @@ def _prepare(
         say(f"going on from step {trainer.step} of {settings.steps}")
         best.lowest = folder.lowest_validation() if job.output.exists() else best.lowest
     return trainer, best
+
+
+def _emulates_bfloat16(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _silent(text: str) -> None:
