@@ -28,7 +28,7 @@ bench: setup ## every benchmark, for hours; one that was stopped goes on
 	  --fewer full=1 fp8=1 authors=1 --limit-s 400 --output $(RESULTS)/prefill_long.json
 	$(THROUGHPUT) decode --cells 8192x1 65536x1 --engines memlong window --output $(RESULTS)/decode_long.json
 	$(THROUGHPUT) prefill --without-known --cells 32768x4 --repetitions 1 --limit-s 14400 \
-	  --engines memlong window full --output $(RESULTS)/end_to_end.json
+	  --kv-gib 7 --engines memlong window full --output $(RESULTS)/end_to_end.json
 	for name in latency online memory retrieval; do \
 	  $(RUN)/python benchmarks/$$name.py --output $(RESULTS)/$$name.json || exit 1; done
 	$(RUN)/python benchmarks/paper_scale.py --run --output $(RESULTS)/paper_scale.json

@@ -32,7 +32,7 @@ def parser(description: str | None, engines: Sequence[str] = ALL) -> argparse.Ar
     made.add_argument("--fewer", type=_count, nargs="*", default=[], metavar="ENGINE=N", help="repetitions of some")
     made.add_argument("--limit-s", type=float, default=900, help="leave out measurements that would take longer")
     made.add_argument("--retry", action="store_true", help="try again what was skipped")
-    made.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
+    made.add_argument("--dtype", choices=DTYPE_BYTES, default="float32")
     made.add_argument("--compiled", action="store_true", help="without enforce_eager")
     made.add_argument("--step-tokens", type=int, default=2048, help="max_num_batched_tokens")
     made.add_argument("--kv-gib", type=float, default=4, help="each engine's KV cache at most")

@@ -40,7 +40,7 @@ WARM_UP_ANSWER = 4
 class Options:
     """How engines are set up, alike for all. ``kv_bytes``: of each one's KV cache at most."""
 
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     enforce_eager: bool = True
     max_num_batched_tokens: int = 2048
     kv_bytes: int = 4 * GIB

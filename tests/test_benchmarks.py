@@ -200,7 +200,7 @@ def test_what_would_take_too_long_is_left_out(tmp_path: Path) -> None:
 def test_memory_is_given_by_need_and_refused_beyond_the_limit(model: Path, tmp_path: Path) -> None:
     small, large = Cell("prefill", 1000, 3, 24), Cell("prefill", 5000, 2, 24)
     token_bytes = 5 * 2 * 2 * 32 * 2  # Layers, keys and values, heads, head size, bfloat16.
-    options = Options(kv_bytes=40 * 128 * token_bytes, max_num_batched_tokens=128)
+    options = Options("bfloat16", kv_bytes=40 * 128 * token_bytes, max_num_batched_tokens=128)
     contenders = Contenders(model, tmp_path, ["memlong", "full", "fp8", "authors"], [small, large], options)
     assert contenders.why_not("full", small) is None
     assert "GiB" in (contenders.why_not("full", large) or "")
