@@ -20,11 +20,12 @@ DEADLINE_S = 20.0
 class BagOfWords:
     """Embeds a text as the normalised counts of its words, hashed to 16 places.
 
-    A call waits while ``gate`` is closed. Texts with the word ``BAD`` raise, those with ``NAN``
-    have a vector that is not finite, those with ``WIDE`` make the whole call's shape wrong.
+    A call waits while ``gate`` is closed. Texts with the word ``BAD`` raise, those with ``EXIT``
+    end the thread, those with ``NAN`` have a vector that is not finite, those with ``WIDE`` make
+    the whole call's shape wrong.
 
     Attributes:
-        calls: the texts of every call.
+        calls: the texts of every call; ``threads``: what it was made on.
         entered: set by the first call, also while it waits.
     """
 
@@ -32,16 +33,20 @@ class BagOfWords:
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
+        self.threads: list[threading.Thread] = []
         self.entered = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
 
     def embed(self, texts: list[str]) -> np.ndarray:
         self.calls.append(list(texts))
+        self.threads.append(threading.current_thread())
         self.entered.set()
         assert self.gate.wait(DEADLINE_S)
         if any("BAD" in text for text in texts):
             raise RuntimeError("cannot embed BAD")
+        if any("EXIT" in text for text in texts):
+            raise SystemExit("over")
         vectors = np.stack([self.vector(text) for text in texts])
         return vectors[:, :-1] if any("WIDE" in text for text in texts) else vectors
 
@@ -53,7 +58,7 @@ class BagOfWords:
         return vector * np.nan if "NAN" in text else vector / np.linalg.norm(vector)
 
 
-WORDS = {-1: "BAD", -2: "NAN", -3: "WIDE", -4: "UNDECODABLE"}
+WORDS = {-1: "BAD", -2: "NAN", -3: "WIDE", -4: "UNDECODABLE", -5: "EXIT"}
 
 
 def decode(token_ids: Sequence[int]) -> str:
@@ -349,6 +354,29 @@ def test_a_hanging_embedder_does_not_hold_up_shutdown(make_client: MakeClient, m
     client.service.shutdown()
     assert client.service._thread.is_alive()
     assert client.service._thread.daemon
+
+
+def test_threads_of_the_embedder_end_with_the_queue(make_client: MakeClient) -> None:
+    """So do the OpenMP threads that belong to them, which would slow the model's down."""
+    client = make_client()
+    client.hold()
+    client.submit("a", (1,), (2,))
+    client.release()
+    client.collect(a=2)
+    first = client.embedder.threads[0]
+    assert client.embedder.threads == [first] * 3
+    first.join(DEADLINE_S)
+    assert not first.is_alive()
+    client.submit("b", (3,))
+    client.collect(b=1)
+    assert client.embedder.threads[3] is not first
+
+
+def test_nobody_waits_for_an_embedder_that_ended_its_thread(make_client: MakeClient) -> None:
+    client = make_client()
+    client.submit("a", (-5,), (2,))
+    client.until(lambda: "a" in client.failures)
+    assert client.failures == {"a": "the retriever's thread ended (SystemExit: over)"}
 
 
 @pytest.mark.parametrize("error", [OSError("no such CPUs"), SystemExit("no such CPUs")])

@@ -195,16 +195,44 @@ class RetrieverService:
                     self._changed.wait()
                 if self._stopping:
                     return
-                batch = [heapq.heappop(self._jobs) for _ in range(min(self._batch_size, len(self._jobs)))]
-            vectors, failures = self._embed_jobs(batch)
-            with self._changed:
-                for owner, why in failures.items():
-                    if self._drop(owner):
-                        self._failures[owner] = why
-                for job, vector in vectors:
-                    if job.request_id in self._results:
-                        self._results[job.request_id][job.span] = vector
-                self._changed.notify_all()
+            self._embed_queued()
+
+    def _embed_queued(self) -> None:
+        """Embed until nothing is queued, on a thread that ends then, and its OpenMP threads with it.
+
+        While they existed, there would be more of these threads than cores, and GNU's OpenMP would
+        have the model's wait for each other asleep: waking them costs more than most of what they do.
+        """
+        errors: list[BaseException] = []
+
+        def embed() -> None:
+            try:
+                while batch := self._next_batch():
+                    self._finish(*self._embed_jobs(batch))
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                errors.append(error)
+
+        thread = threading.Thread(target=embed, name="memlong-embedder", daemon=True)
+        thread.start()
+        thread.join()
+        for error in errors:
+            raise error
+
+    def _next_batch(self) -> list[_Job]:
+        """Jobs to embed together; none at the end of the queue or of the service."""
+        with self._changed:
+            size = 0 if self._stopping else min(self._batch_size, len(self._jobs))
+            return [heapq.heappop(self._jobs) for _ in range(size)]
+
+    def _finish(self, vectors: list[tuple[_Job, np.ndarray]], failures: dict[str, str]) -> None:
+        with self._changed:
+            for owner, why in failures.items():
+                if self._drop(owner):
+                    self._failures[owner] = why
+            for job, vector in vectors:
+                if job.request_id in self._results:
+                    self._results[job.request_id][job.span] = vector
+            self._changed.notify_all()
 
     def _embed_jobs(self, jobs: list[_Job]) -> tuple[list[tuple[_Job, np.ndarray]], dict[str, str]]:
         """Embed together; if that fails, one by one, so that only the culprits' owners fail."""
