@@ -44,9 +44,9 @@ def lse_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ValueError: if there is none.
     """
     if base.get_name() == "CPU_ATTN":
-        from memlong_vllm.local_attention_cpu import CPULseBackend
+        from memlong_vllm.local_attention_cpu import CPUWindowBackend
 
-        return CPULseBackend
+        return CPUWindowBackend
     if base.get_name() == "FLASH_ATTN":
         from memlong_vllm.local_attention_cuda import FlashLseBackend
 

@@ -1,20 +1,138 @@
-"""Local attention on a CPU that keeps its log-sum-exp. Imported on CPUs only."""
+"""Local attention on a CPU. Keeps its log-sum-exp. Imported on CPUs only."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
 
-from memlong_vllm.kernels import few_tokens_cpu, flash_cpu
+from memlong_vllm.kernels import few_tokens_cpu, flash_cpu, kv_cache_cpu
 
 # Query tokens attended at a time. Each reads the window of all: many at once waste scores.
 _QUERY_BLOCK = 256
 
 
-class CPULseImpl(CPUAttentionBackendImpl):
+class FewTokens(NamedTuple):
+    """The tokens of all sequences with few of them in a step, decoding ones above all.
+
+    Attributes:
+        token_idx: [n] int64, their places in the batch.
+        sequence_of, positions: [n] int64.
+    """
+
+    token_idx: np.ndarray
+    sequence_of: np.ndarray
+    positions: np.ndarray
+
+
+class QueryBlock(NamedTuple):
+    """Tokens of one sequence that are attended at once.
+
+    Attributes:
+        rows: their places in the batch.
+        blocks: of the cache, which hold the keys they see.
+        keys: which of these blocks' tokens.
+        mask: [n, M] in the query's dtype, added to the scores.
+    """
+
+    rows: slice
+    blocks: list[int]
+    keys: slice
+    mask: torch.Tensor
+
+
+class WindowStep:
+    """How the tokens of one step are attended to their windows: the same in every layer.
+
+    Args:
+        starts: [sequences + 1], first token of each sequence in the batch.
+        seq_lens: [sequences], tokens of each, those of this step included.
+        block_table: [sequences, blocks] int32.
+        window: tokens that a token sees, itself included; below 1: all.
+        dtype: of queries and of the cache.
+
+    Attributes:
+        few: the tokens of sequences with few of them, if there are any.
+        blocks: all others.
+        window, block_table: as given.
+    """
+
+    def __init__(
+        self,
+        starts: list[int],
+        seq_lens: list[int],
+        block_table: torch.Tensor,
+        block_size: int,
+        window: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.window, self.block_table = window, block_table
+        self._block_size, self._dtype = block_size, dtype
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        counts = np.diff(starts)
+        is_few = [few_tokens_cpu.suits(int(count), dtype) for count in counts]
+        self.few = self._few([i for i, few in enumerate(is_few) if few], counts, starts, seq_lens)
+        self.blocks = [
+            block
+            for i, few in enumerate(is_few)
+            if not few
+            for block in self._query_blocks(starts[i], starts[i + 1], seq_lens[i], block_table[i])
+        ]
+
+    @staticmethod
+    def _few(sequences: list[int], counts: np.ndarray, starts: list[int], seq_lens: list[int]) -> FewTokens | None:
+        if not sequences:
+            return None
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in sequences])
+        positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in sequences])
+        return FewTokens(rows, np.repeat(sequences, counts[sequences]), positions)
+
+    def _query_blocks(self, start: int, end: int, seq_len: int, blocks: torch.Tensor) -> Iterator[QueryBlock]:
+        for row in range(start, end, _QUERY_BLOCK):
+            rows = slice(row, min(row + _QUERY_BLOCK, end))
+            position, last = seq_len - (end - row), seq_len - (end - rows.stop)
+            first = max(0, position - self.window + 1) if self.window > 0 else 0
+            first_block = first // self._block_size
+            seen = blocks[first_block : -(-last // self._block_size)].tolist()
+            keys = slice(first - first_block * self._block_size, last - first_block * self._block_size)
+            yield QueryBlock(rows, seen, keys, self._mask(last - position, position - first))
+
+    def _mask(self, num_tokens: int, num_before: int) -> torch.Tensor:
+        """Of tokens that together see ``num_before`` tokens before the first of them."""
+        if (num_tokens, num_before) not in self._masks:
+            distance = num_before + torch.arange(num_tokens)[:, None] - torch.arange(num_before + num_tokens)
+            hidden = distance < 0
+            if self.window > 0:
+                hidden |= distance >= self.window
+            mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, float("-inf"))
+            self._masks[num_tokens, num_before] = mask
+        return self._masks[num_tokens, num_before]
+
+
+@dataclass
+class CPUWindowMetadata(CPUAttentionMetadata):
+    step: WindowStep | None = None
+
+
+class CPUWindowMetadataBuilder(CPUAttentionMetadataBuilder):
+    def build(self, *args: Any, **kwargs: Any) -> CPUWindowMetadata:
+        metadata = super().build(*args, **kwargs)
+        starts = metadata.query_start_loc.tolist()
+        lengths = metadata.seq_lens.tolist()[: len(starts) - 1]
+        step = WindowStep(starts, lengths, metadata.block_table, self.block_size, self.window_size, self.dtype)
+        return CPUWindowMetadata(**vars(metadata), step=step)
+
+
+class CPUWindowImpl(CPUAttentionBackendImpl):
     """Windowed attention over the paged cache.
 
     vLLM's CPU kernel packs cached keys in an order of its own, so this class also writes the
@@ -26,6 +144,11 @@ class CPULseImpl(CPUAttentionBackendImpl):
 
     lse: torch.Tensor
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        kv_cache_cpu.compile_store(self.head_size, torch.get_default_dtype())
+        few_tokens_cpu.compile_windows(self.head_size, torch.get_default_dtype())
+
     def do_kv_cache_update(
         self,
         layer: torch.nn.Module,
@@ -34,13 +157,7 @@ class CPULseImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        num_tokens = slot_mapping.shape[0]
-        slots = slot_mapping.long()
-        kept = (slots >= 0).nonzero().flatten()
-        slots = slots[kept]
-        block_size = kv_cache.shape[2]
-        rows = torch.cat([key[:num_tokens][kept], value[:num_tokens][kept]], dim=-1)
-        kv_cache[slots // block_size, :, slots % block_size] = rows
+        kv_cache_cpu.store(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -56,63 +173,25 @@ class CPULseImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:
             return output
+        step: WindowStep = attn_metadata.step
         self.lse = torch.empty(query.shape[:2], dtype=torch.float32)
-        starts = attn_metadata.query_start_loc.tolist()
-        seq_lens = attn_metadata.seq_lens.tolist()
-        self._attend_few(query, kv_cache, attn_metadata.block_table, starts, seq_lens, output)
-        for i, seq_len in enumerate(seq_lens[: len(starts) - 1]):
-            if few_tokens_cpu.suits(starts[i + 1] - starts[i], kv_cache):
-                continue
-            blocks = attn_metadata.block_table[i]
-            for row in range(starts[i], starts[i + 1], _QUERY_BLOCK):
-                end_row = min(row + _QUERY_BLOCK, starts[i + 1])
-                position = seq_len - (starts[i + 1] - row)
-                rows = slice(row, end_row)
-                output[rows], self.lse[rows] = self._attend(query[rows], kv_cache, blocks, position)
+        if step.few is not None:
+            token_idx, sequence_of, positions = step.few
+            places = step.block_table, token_idx, sequence_of, positions, step.window
+            few_tokens_cpu.attend_windows(query, kv_cache, *places, self.scale, output, self.lse)
+        for block in step.blocks:
+            cached = torch.cat([kv_cache[idx] for idx in block.blocks], dim=1)[None, :, block.keys]
+            keys, values = cached.split(self.head_size, dim=-1)
+            attended, lse = flash_cpu.attend(query[block.rows][None], keys, values, self.scale, block.mask)
+            output[block.rows], self.lse[block.rows] = attended[0], lse[0]
         return output
 
-    def _attend_few(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        starts: list[int],
-        seq_lens: list[int],
-        output: torch.Tensor,
-    ) -> None:
-        """All sequences with few query tokens, decoding ones above all, at once."""
-        counts = np.diff(starts)
-        few = [i for i, count in enumerate(counts) if few_tokens_cpu.suits(int(count), kv_cache)]
-        if not few:
-            return
-        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in few])
-        positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in few])
-        sequence_of, token_idx = np.repeat(few, counts[few]), torch.from_numpy(rows)
-        attended, self.lse[token_idx] = few_tokens_cpu.attend_windows(
-            query[token_idx], kv_cache, block_table, sequence_of, positions, self.sliding_window, self.scale
-        )
-        output[token_idx] = attended.to(output.dtype)
 
-    def _attend(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor, position: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query tokens [n, heads, size] from ``position`` on, over their windows."""
-        num_tokens = query.shape[0]
-        first = max(0, position - self.sliding_window + 1) if self.sliding_window > 0 else 0
-        key_positions = torch.arange(first, position + num_tokens)
-        block_size = kv_cache.shape[2]
-        cached = kv_cache[blocks[key_positions // block_size].long(), :, key_positions % block_size]
-        keys, values = cached.transpose(0, 1)[None].split(self.head_size, dim=-1)
-        distance = torch.arange(position, position + num_tokens)[:, None] - key_positions
-        hidden = distance < 0
-        if self.sliding_window > 0:
-            hidden |= distance >= self.sliding_window
-        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
-        attended, lse = flash_cpu.attend(query[None], keys, values, self.scale, mask)
-        return attended[0], lse[0]
-
-
-class CPULseBackend(CPUAttentionBackend):
+class CPUWindowBackend(CPUAttentionBackend):
     @staticmethod
-    def get_impl_cls() -> type[CPULseImpl]:
-        return CPULseImpl
+    def get_impl_cls() -> type[CPUWindowImpl]:
+        return CPUWindowImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUWindowMetadataBuilder]:
+        return CPUWindowMetadataBuilder

@@ -206,6 +206,8 @@ def make_kernel(vllm_config: VllmConfig, layer: RetrievalAttention, device: torc
     rotary = layer.rotary_emb
     is_plain = type(rotary).forward_native is RotaryEmbedding.forward_native and rotary.is_neox_style
     if not is_plain or (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
+        if device.type == "cpu":
+            _compile_for_cpu(layer, vllm_config.model_config.dtype)
         return None
     # Only here: elsewhere there may be no Triton.
     from memlong_vllm.kernels.launcher import HeadShape, RetrievalKernel
@@ -214,6 +216,13 @@ def make_kernel(vllm_config: VllmConfig, layer: RetrievalAttention, device: torc
     _, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
     top_k = request_limits(layer.config, deployment).top_k
     return RetrievalKernel(heads, layer.config, top_k, vllm_config.model_config.dtype, device)
+
+
+def _compile_for_cpu(layer: RetrievalAttention, dtype: torch.dtype) -> None:
+    # Only here: elsewhere there may be no Numba.
+    from memlong_vllm.kernels.few_tokens_cpu import compile_rows
+
+    compile_rows(layer.head_dim, dtype)
 
 
 def rank_heads(total_num_kv_heads: int, num_kv_heads: int) -> RankHeads:

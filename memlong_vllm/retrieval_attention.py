@@ -206,7 +206,7 @@ def _attend_with_lse(
         return attend_with_lse(query, keys, values, scale, bias)
     from memlong_vllm.kernels import few_tokens_cpu, flash_cpu
 
-    if few_tokens_cpu.suits(query.shape[1], keys):
+    if few_tokens_cpu.suits(query.shape[1], keys.dtype):
         return few_tokens_cpu.attend_rows(query, keys, values, scale, bias)
     return flash_cpu.attend_scaled(query, keys, values, scale, bias)
 

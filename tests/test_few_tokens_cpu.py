@@ -11,14 +11,25 @@ import numpy as np
 import pytest
 import torch
 
+from memlong_vllm.kernels import few_tokens_cpu, kv_cache_cpu
 from memlong_vllm.kernels.few_tokens_cpu import MAX_TOKENS, attend_rows, attend_windows, suits
 from memlong_vllm.memory_attention import attend_with_lse
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 100), (8, 2, 48), (4, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "dtype"),
+    [
+        (9, 3, 64, torch.float32),
+        (9, 3, 64, torch.bfloat16),
+        (4, 4, 100, torch.float32),
+        (4, 4, 100, torch.bfloat16),
+        (8, 2, 48, torch.float32),
+        (4, 1, 128, torch.bfloat16),
+        (2, 1, 256, torch.float32),
+    ],
+)
 @pytest.mark.parametrize(("spans", "tokens", "length"), [(1, 1, 16), (5, 1, 1000), (2, 3, 128)])
 def test_rows(spans: int, tokens: int, length: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -27,6 +38,7 @@ def test_rows(spans: int, tokens: int, length: int, heads: int, kv_heads: int, s
     shape = (2, spans + 1, kv_heads, length + 7, size)
     keys, values = torch.randn(shape, generator=generator).to(dtype)[:, 1:, :, :length]
     scale, bias = torch.rand(2, heads, generator=generator)
+    scale *= 8 * size**-0.5
     output, lse = attend_rows(query, keys, values, scale, bias)
     wanted, wanted_lse = attend_with_lse(query.float(), keys.float(), values.float(), scale, bias)
     assert output.dtype == dtype
@@ -43,20 +55,82 @@ def test_windows(window: int, dtype: torch.dtype) -> None:
     table = torch.stack([torch.randperm(20, generator=generator)[:8] for _ in range(3)]).int()
     sequence_of = np.array([0, 1, 2, 0, 1, 2])
     query = torch.randn(len(positions), heads, size, generator=generator).to(dtype)
-    output, lse = attend_windows(query, cache, table, sequence_of, positions, window, 0.3)
+    # Of a batch with other tokens, and a query that is a part of a larger tensor's rows.
+    token_idx, size_of_batch = np.array([7, 0, 1, 3, 4, 5]), 9
+    batch = torch.full((size_of_batch, 2 * heads, size), float("nan"), dtype=dtype)
+    batch[token_idx, heads:] = query
+    outputs, lses = torch.full((size_of_batch, heads, size), 7.0, dtype=dtype), torch.full((size_of_batch, heads), 7.0)
+    batch = batch[:, heads:]
+    attend_windows(batch, cache, table, token_idx, sequence_of, positions, window, 0.3, outputs, lses)
+    assert (outputs[[2, 6, 8]] == 7).all()
+    assert (lses[[2, 6, 8]] == 7).all()
+    output, lse = outputs[token_idx].float(), lses[token_idx]
     for row, position in enumerate(positions):
         tokens = cache[table[sequence_of[row]].long()].transpose(0, 1).flatten(1, 2)[:, : position + 1].float()
         keys, values = (tokens[:, -window:] if window else tokens)[None].split(size, dim=-1)
         scale = torch.full((heads,), 0.3)
         wanted, wanted_lse = attend_with_lse(query[None, row : row + 1].float(), keys, values, scale, 0 * scale)
-        torch.testing.assert_close(output[row], wanted[0, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(output[row], wanted[0, 0], atol=TOLERANCE[dtype], rtol=0)
         torch.testing.assert_close(lse[row], wanted_lse[0, 0], atol=1e-5, rtol=1e-6)
 
 
+def test_nothing_is_compiled_after_the_start() -> None:
+    """Whatever the shapes and layouts are: with a head size that no other test has."""
+    size = 24
+    kernels = few_tokens_cpu._attend_rows, few_tokens_cpu._attend_windows, kv_cache_cpu._store
+    before = [len(kernel.signatures) for kernel in kernels]
+    few_tokens_cpu.compile_rows(size, torch.float32)
+    few_tokens_cpu.compile_windows(size, torch.float32)
+    kv_cache_cpu.compile_store(size, torch.float32)
+    assert [len(kernel.signatures) for kernel in kernels] == [count + 1 for count in before]
+    large = torch.zeros(3, 2, 40, 2 * size)
+    scale, bias = torch.ones(2, 2)
+    for stored in (large[:, :, :8, :size], large[:1, :, ::2, size:], large[..., :size].contiguous()):
+        attend_rows(torch.zeros(len(stored), 1, 2, size), stored, stored, scale, bias)
+    attended = np.array([0]), np.array([1]), np.array([20])
+    for table in (torch.zeros(2, 9, dtype=torch.int32), torch.zeros(2, 12, dtype=torch.int32)[:, :9]):
+        query = large[:, :, 0, :size]
+        attend_windows(query, large, table, *attended, 8, 1.0, torch.empty(3, 2, size), torch.empty(3, 2))
+    for tokens in (1, 3):
+        kv_cache_cpu.store(large[:tokens, :, 1, :size], large[:tokens, :, 2, size:], large, torch.arange(tokens))
+    assert [len(kernel.signatures) for kernel in kernels] == [count + 1 for count in before]
+
+
+def test_kernels_are_compiled_while_a_model_is_made() -> None:
+    """PyTorch's default type is the model's then."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        few_tokens_cpu.compile_rows(64, torch.bfloat16)
+        few_tokens_cpu.compile_windows(64, torch.bfloat16)
+        kv_cache_cpu.compile_store(64, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [10, 64])
+def test_store(size: int, dtype: torch.dtype) -> None:
+    """Parts of larger rows, more tokens than slots, and one slot that is none."""
+    slots = torch.tensor([5, -1, 0, 11])
+    rows = torch.randn(6, 2, 3 * size).to(dtype)
+    key, value = rows[..., :size], rows[..., size : 2 * size]
+    cache = torch.full((3, 2, 4, 2 * size), 7.0, dtype=dtype)
+    kv_cache_cpu.store(key, value, cache, slots)
+    wanted = torch.full_like(cache, 7.0)
+    for token in (0, 2, 3):
+        wanted[slots[token] // 4, :, slots[token] % 4] = rows[token, :, : 2 * size]
+    assert torch.equal(cache, wanted)
+
+
+def test_an_odd_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="even number of elements"):
+        few_tokens_cpu.compile_rows(7, torch.float32)
+
+
 def test_what_suits() -> None:
-    assert suits(MAX_TOKENS, torch.zeros(1))
-    assert not suits(MAX_TOKENS + 1, torch.zeros(1))
-    assert not suits(1, torch.zeros(1, dtype=torch.float16))
+    assert suits(MAX_TOKENS, torch.float32)
+    assert not suits(MAX_TOKENS + 1, torch.float32)
+    assert not suits(1, torch.float16)
 
 
 BOUND = """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from memlong_vllm.local_attention_cpu import _QUERY_BLOCK, CPULseImpl
+from memlong_vllm.local_attention_cpu import _QUERY_BLOCK, CPUWindowImpl, WindowStep
 from memlong_vllm.memory_attention import attend_with_lse
 
 HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 40, 16
@@ -17,10 +17,10 @@ BATCH = [(0, _QUERY_BLOCK + 45), (500, 1), (3, 0), (100, 3), (64, 5), (0, 2 * _Q
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def implementation(window: int) -> CPULseImpl:
+def implementation() -> CPUWindowImpl:
     """Its constructor wants an engine's configuration, for what this class does not use."""
-    made = object.__new__(CPULseImpl)
-    made.scale, made.head_size, made.sliding_window = 0.3, SIZE, window
+    made = object.__new__(CPUWindowImpl)
+    made.scale, made.head_size = 0.3, SIZE
     return made
 
 
@@ -37,7 +37,7 @@ def test_a_batch_of_all_kinds(window: int, dtype: torch.dtype) -> None:
     most = -(-max(lengths) // BLOCK)
     table = torch.randperm(len(BATCH) * most, generator=generator).view(len(BATCH), most).int()
     cache = torch.full((len(BATCH) * most, KV_HEADS, BLOCK, 2 * SIZE), float("nan"), dtype=dtype)
-    attention = implementation(window)
+    attention = implementation()
     for i, length in enumerate(lengths):
         positions = torch.arange(length)
         slots = table[i, positions // BLOCK].long() * BLOCK + positions % BLOCK
@@ -46,9 +46,7 @@ def test_a_batch_of_all_kinds(window: int, dtype: torch.dtype) -> None:
         attention.do_kv_cache_update(
             torch.nn.Identity(), torch.cat((keys[i], padding)), torch.cat((values[i], padding)), cache, padded
         )
-    metadata = SimpleNamespace(
-        query_start_loc=torch.from_numpy(starts), seq_lens=torch.tensor(lengths), block_table=table
-    )
+    metadata = SimpleNamespace(step=WindowStep(starts.tolist(), lengths, table, BLOCK, window, dtype))
     output = attention.forward(None, query, query, query, cache, metadata, torch.empty_like(query))
     zero = torch.zeros(HEADS)
     for i, (before, count) in enumerate(BATCH):

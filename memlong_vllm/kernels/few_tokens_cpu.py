@@ -7,38 +7,26 @@ read every key and value where it is, once, in float32 or bfloat16, with arithme
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import sys
-import threading
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from llvmlite import ir
 
-# Numba would count the cores that this thread may use. vLLM gives it a core of its own, and the
-# other OpenMP threads the others. It counts again whenever it compiles, so what was imported before
-# keeps its number in this way too.
-os.environ.setdefault(
-    "NUMBA_NUM_THREADS",
-    str(sys.modules["numba"].config.NUMBA_NUM_THREADS if "numba" in sys.modules else torch.get_num_threads()),
-)
-
-import numba
-from numba import njit, prange, types
-from numba.extending import intrinsic, overload
+from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
+from memlong_vllm.kernels.vectors_cpu import add_weighted, dot, power_of_two, shape_of
 
 MAX_TOKENS = 4
 """Query tokens of a sequence or span up to which these kernels are the faster way."""
 
+# Tokens attended at a time: their keys and values stay in the cache of a core.
+_PART = 128
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def suits(num_tokens: int, stored: torch.Tensor) -> bool:
-    """Whether spans of ``num_tokens`` that read ``stored`` are best attended here."""
-    return num_tokens <= MAX_TOKENS and stored.device.type == "cpu" and stored.dtype in _DTYPES
+def suits(num_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether spans of ``num_tokens`` that read keys of this type are best attended here."""
+    return num_tokens <= MAX_TOKENS and dtype in _DTYPES
 
 
 def attend_rows(
@@ -47,20 +35,21 @@ def attend_rows(
     """As :func:`memlong_vllm.memory_attention.attend_with_lse`.
 
     Args:
-        query: [G, n, H, d].
+        query: [G, n, H, d], in float32 or the dtype of ``keys``.
         keys, values: [G, R, M, d].
         scale, bias: [H] float32.
 
     Returns:
         [G, n, H, d] in the dtype of ``values``, and [G, n, H] float32.
     """
-    _use_threads()
+    use_threads()
     spans, tokens, heads, size = query.shape
-    scaled = (query.float() * scale[:, None]).flatten(0, 1).contiguous()
-    output, lse = torch.empty_like(scaled), torch.empty(scaled.shape[:2])
+    rows = query.reshape(-1, heads, size)
+    output, lse = _float32(rows.shape), _float32(rows.shape[:2])
     span_of = np.repeat(np.arange(spans), tokens)
-    arrays = scaled.numpy(), _array(keys), _array(values), span_of, bias.float().numpy()
-    _attend_rows(*arrays, output.numpy(), lse.numpy())
+    arrays = *flat(rows), *flat(keys), *flat(values), span_of, scale.numpy()
+    _attend_rows(*arrays, keys.shape[1], keys.shape[2], output.numpy(), lse.numpy(), shape_of(size))
+    lse += bias
     return output.view(spans, tokens, heads, size).to(values.dtype), lse.view(spans, tokens, heads)
 
 
@@ -68,139 +57,189 @@ def attend_windows(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
+    token_idx: np.ndarray,
     sequence_of: np.ndarray,
     positions: np.ndarray,
     window: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention over a sliding window in blocks.
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Causal attention of some tokens of a batch over a sliding window in blocks.
 
     Args:
-        query: [N, H, d], rotated.
+        query: [T, H, d], rotated, in float32 or the dtype of ``kv_cache``.
         kv_cache: [num_blocks, R, block_size, 2·d], key then value in each row.
         block_table: [sequences, blocks] int32.
-        sequence_of, positions: [N] int64, whose token a row is and where it stands in its sequence.
-        window: tokens that a token sees, itself included; 0: all.
-
-    Returns:
-        [N, H, d] and its log-sum-exp [N, H], float32.
+        token_idx: [N] int64, which tokens of the batch.
+        sequence_of, positions: [N] int64, whose token it is and where it stands in its sequence.
+        window: tokens that a token sees, itself included; below 1: all.
+        output: [T, H, d], rows ``token_idx`` are written.
+        lse: [T, H] float32, likewise.
     """
-    _use_threads()
-    scaled = (query.float() * scale).contiguous()
-    output, lse = torch.empty_like(scaled), torch.empty(scaled.shape[:2])
-    first = np.maximum(positions - window + 1, 0) if window > 0 else np.zeros_like(positions)
-    table = block_table.numpy()
-    _attend_windows(
-        scaled.numpy(), _array(kv_cache), table, sequence_of, first, positions + 1, output.numpy(), lse.numpy()
-    )
-    return output, lse
+    use_threads()
+    is_target = output.dtype == torch.float32 and output.is_contiguous()
+    target = output if is_target else _float32(output.shape)
+    _, num_kv_heads, block_size, _ = kv_cache.shape
+    arrays = *flat(query), *flat(kv_cache), *flat(block_table), token_idx, sequence_of, positions
+    sizes = num_kv_heads, block_size, window
+    _attend_windows(*arrays, *sizes, np.float32(scale), target.numpy(), lse.numpy(), shape_of(query.shape[2]))
+    if not is_target:
+        output[token_idx] = target[token_idx].to(output.dtype)
 
 
-def _use_threads() -> None:
-    """Use as many threads as PyTorch does."""
-    _launch_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def compile_rows(head_size: int, dtype: torch.dtype) -> None:
+    """Have what :func:`attend_rows` calls compiled now, or read from Numba's cache of earlier runs."""
+    if not suits(1, dtype):
+        return
+    rows = torch.zeros(1, 1, 1, head_size, dtype=dtype)
+    attend_rows(rows, rows, rows, _float32((1,)), _float32((1,)))
 
 
-@functools.cache
-def _launch_threads() -> None:
-    # Launching sets the number of OpenMP threads of the thread that does it, and vLLM's kernels
-    # must find that of this one unchanged.
-    launching = threading.Thread(target=numba.get_num_threads)
-    launching.start()
-    launching.join()
+def compile_windows(head_size: int, dtype: torch.dtype) -> None:
+    """The same for :func:`attend_windows`."""
+    if not suits(1, dtype):
+        return
+    query, cache = torch.zeros(1, 1, head_size, dtype=dtype), torch.zeros(1, 1, 1, 2 * head_size, dtype=dtype)
+    first, table = np.zeros(1, np.int64), torch.zeros(1, 1, dtype=torch.int32)
+    attend_windows(query, cache, table, first, first, first, 1, 1.0, torch.empty_like(query), _float32((1, 1)))
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """float32 as it is, bfloat16 as its bits."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-@intrinsic
-def _bits_as_float(typing_context: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-def _number(stored):
-    """A stored number as float32; only in compiled code."""
-
-
-# Numba compares the signatures, so there are no types.
-@overload(_number)
-def _number_of(stored):
-    if stored == types.uint16:
-        return lambda stored: _bits_as_float(np.uint32(np.uint32(stored) << np.uint32(16)))
-    return lambda stored: stored
-
-
-@njit(fastmath=True, cache=True)
-def _score(query: Any, key: Any, size: int) -> Any:
-    total = np.float32(0)
-    for e in range(size):
-        total += query[e] * _number(key[e])
-    return total
-
-
-@njit(fastmath=True, cache=True)
-def _normalise(scores: Any) -> Any:
-    """Softmax in place. Returns the log-sum-exp."""
-    highest = scores[0]
-    for p in range(len(scores)):
-        highest = max(highest, scores[p])
-    total = np.float32(0)
-    for p in range(len(scores)):
-        scores[p] = math.exp(scores[p] - highest)
-        total += scores[p]
-    for p in range(len(scores)):
-        scores[p] /= total
-    return highest + math.log(total)
+def _float32(shape: Sequence[int]) -> torch.Tensor:
+    """Zeros, whatever PyTorch's default type is: while models are made it is theirs."""
+    return torch.zeros(shape, dtype=torch.float32)
 
 
 @njit(parallel=True, fastmath=True, cache=True)
-def _attend_rows(query, keys, values, span_of, bias, output, lse):
-    num_rows, num_heads, size = query.shape
-    num_kv_heads, length = keys.shape[1], keys.shape[2]
-    group = num_heads // num_kv_heads
-    for item in prange(num_rows * num_kv_heads):
+def _attend_rows(
+    query,
+    query_strides,
+    keys,
+    key_strides,
+    values,
+    value_strides,
+    span_of,
+    scale,
+    num_kv_heads,
+    length,
+    output,
+    lse,
+    shape,
+):
+    group = len(scale) // num_kv_heads
+    strides = query_strides[1], key_strides[2], value_strides[2]
+    for item in prange(len(span_of) * num_kv_heads):
         row, kv_head = item // num_kv_heads, item % num_kv_heads
-        span, first_head = span_of[row], kv_head * group
-        scores = np.empty((group, length), np.float32)
-        for p in range(length):
-            key = keys[span, kv_head, p]
-            for j in range(group):
-                scores[j, p] = _score(query[row, first_head + j], key, size) + bias[first_head + j]
-        for j in range(group):
-            lse[row, first_head + j] = _normalise(scores[j])
-            output[row, first_head + j] = 0
-        for p in range(length):
-            value = values[span, kv_head, p]
-            for j in range(group):
-                for e in range(size):
-                    output[row, first_head + j, e] += scores[j, p] * _number(value[e])
+        span, heads = span_of[row], slice(kv_head * group, (kv_head + 1) * group)
+        query_at = row * query_strides[0] + heads.start * query_strides[1]
+        key_at = span * key_strides[0] + kv_head * key_strides[1]
+        value_at = span * value_strides[0] + kv_head * value_strides[1]
+        state = _begin(group, output.shape[2])
+        for first in range(0, length, _PART):
+            starts = query_at, key_at + first * key_strides[2], value_at + first * value_strides[2]
+            _attend(query, keys, values, starts, strides, min(_PART, length - first), scale[heads], state, shape)
+        _end(state, output[row, heads], lse[row, heads])
 
 
 @njit(parallel=True, fastmath=True, cache=True)
-def _attend_windows(query, kv_cache, block_table, sequence_of, first, end, output, lse):
-    num_rows, num_heads, size = query.shape
-    num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[2]
-    group = num_heads // num_kv_heads
-    for item in prange(num_rows * num_kv_heads):
+def _attend_windows(
+    query,
+    query_strides,
+    kv_cache,
+    cache_strides,
+    block_table,
+    table_strides,
+    token_idx,
+    sequence_of,
+    positions,
+    num_kv_heads,
+    block_size,
+    window,
+    scale,
+    output,
+    lse,
+    shape,
+):
+    group = output.shape[1] // num_kv_heads
+    strides = query_strides[1], cache_strides[2], cache_strides[2]
+    scales = np.full(group, scale)
+    for item in prange(len(token_idx) * num_kv_heads):
         row, kv_head = item // num_kv_heads, item % num_kv_heads
-        blocks, start, first_head = block_table[sequence_of[row]], first[row], kv_head * group
-        length = end[row] - start
-        scores = np.empty((group, length), np.float32)
-        for p in range(length):
-            stored = kv_cache[blocks[(start + p) // block_size], kv_head, (start + p) % block_size]
-            for j in range(group):
-                scores[j, p] = _score(query[row, first_head + j], stored, size)
-        for j in range(group):
-            lse[row, first_head + j] = _normalise(scores[j])
-            output[row, first_head + j] = 0
-        for p in range(length):
-            stored = kv_cache[blocks[(start + p) // block_size], kv_head, (start + p) % block_size]
-            for j in range(group):
-                for e in range(size):
-                    output[row, first_head + j, e] += scores[j, p] * _number(stored[size + e])
+        token, heads = token_idx[row], slice(kv_head * group, (kv_head + 1) * group)
+        query_at = token * query_strides[0] + heads.start * query_strides[1]
+        state = _begin(group, output.shape[2])
+        stop = positions[row] + 1
+        first = max(0, stop - window) if window > 0 else 0
+        while first < stop:
+            offset = first % block_size
+            block = np.int64(block_table[sequence_of[row] * table_strides[0] + first // block_size])
+            key_at = block * cache_strides[0] + kv_head * cache_strides[1] + offset * cache_strides[2]
+            count = min(_PART, block_size - offset, stop - first)
+            starts = query_at, key_at, key_at + output.shape[2]
+            _attend(query, kv_cache, kv_cache, starts, strides, count, scales, state, shape)
+            first += count
+        _end(state, output[token, heads], lse[token, heads])
+
+
+@njit(fastmath=True, cache=True)
+def _begin(group, size):
+    """Of query heads that have attended to nothing: room for scores, the largest score so far, the
+    sum of powers relative to it, and the weighted sum of values."""
+    scores = np.empty((group, _PART), np.float32)
+    peaks = np.full(group, np.float32(-1e30))
+    return scores, peaks, np.zeros(group, np.float32), np.zeros((group, size), np.float32)
+
+
+@njit(fastmath=True, cache=True)
+def _attend(query, keys, values, starts, strides, count, scale, state, shape):
+    """Let query heads attend to ``count`` more tokens, all in the cache at once.
+
+    Args:
+        starts, strides: first element of query heads, keys and values, and elements between them.
+    """
+    scores, peaks, totals, sums = state
+    for p in range(count):
+        for j in range(len(peaks)):
+            product = dot(query, starts[0] + j * strides[0], keys, starts[1] + p * strides[1], shape)
+            scores[j, p] = product * scale[j]
+    for j in range(len(peaks)):
+        peak = peaks[j]
+        for p in range(count):
+            peak = max(peak, scores[j, p])
+        kept = _exp(peaks[j] - peak)
+        total = totals[j] * kept
+        for p in range(count):
+            power = _exp(scores[j, p] - peak)
+            scores[j, p] = power
+            total += power
+        peaks[j], totals[j] = peak, total
+        for e in range(sums.shape[1]):
+            sums[j, e] *= kept
+        add_weighted(scores, j * _PART, values, starts[2], strides[2], count, sums, j * sums.shape[1], shape)
+
+
+@njit(fastmath=True, cache=True)
+def _end(state, output, lse):
+    _, peaks, totals, sums = state
+    for j in range(len(peaks)):
+        lse[j] = peaks[j] + math.log(totals[j])
+        for e in range(sums.shape[1]):
+            output[j, e] = sums[j, e] / totals[j]
+
+
+@njit(fastmath=True, cache=True)
+def _exp(x):
+    """Of numbers up to 0, to float32's precision; what is below its range becomes 2**-126."""
+    exponent = max(x * np.float32(1.4426950408889634), np.float32(-126))
+    whole = np.floor(exponent + np.float32(0.5))
+    part = exponent - whole
+    # 2**part from -0.5 to 0.5: Taylor's series, whose next term is below 2e-8.
+    power = np.float32(1.5252733804059840e-05)
+    power = power * part + np.float32(1.5403530393381609e-04)
+    power = power * part + np.float32(1.3333558146428443e-03)
+    power = power * part + np.float32(9.6181291076284772e-03)
+    power = power * part + np.float32(5.5504108664821580e-02)
+    power = power * part + np.float32(2.4022650695910071e-01)
+    power = power * part + np.float32(6.9314718055994531e-01)
+    power = power * part + np.float32(1)
+    return power * power_of_two(np.int32(whole))

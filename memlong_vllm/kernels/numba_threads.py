@@ -1,0 +1,51 @@
+"""Numba with PyTorch's tensors and as many threads as PyTorch has. To be imported before Numba is."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+
+import numpy as np
+import torch
+
+# Numba would count the cores that this thread may use. vLLM gives it a core of its own, and the
+# other OpenMP threads the others. It counts again whenever it compiles, so what was imported before
+# keeps its number in this way too.
+os.environ.setdefault(
+    "NUMBA_NUM_THREADS",
+    str(sys.modules["numba"].config.NUMBA_NUM_THREADS if "numba" in sys.modules else torch.get_num_threads()),
+)
+
+import numba
+from numba import njit, prange
+
+__all__ = ["flat", "njit", "prange", "use_threads"]
+
+
+def use_threads() -> None:
+    """Use as many threads as PyTorch does."""
+    _launch_threads()
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@functools.cache
+def _launch_threads() -> None:
+    # Launching sets the number of OpenMP threads of the thread that does it, and vLLM's kernels
+    # must find that of this one unchanged.
+    launching = threading.Thread(target=numba.get_num_threads)
+    launching.start()
+    launching.join()
+
+
+def flat(tensor: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The first element, and the strides of all dimensions but the last: kernels, which check no
+    bounds, find the others by them. So a kernel is compiled once for all shapes and layouts.
+
+    Args:
+        tensor: the elements of its last dimension follow each other. 16-bit numbers become their bits.
+    """
+    assert tensor.stride(-1) == 1
+    first = tensor.as_strided((1,), (1,))
+    return (first.view(torch.uint16) if tensor.itemsize == 2 else first).numpy(), tensor.stride()[:-1]
