@@ -1,8 +1,9 @@
 """Which attention backend serves the local window.
 
 The fusions ``joint`` and ``scaled_logits`` need the log-sum-exp of local attention. vLLM's backends
-compute it but do not hand it out, so retrieval layers of these fusions use subclasses that do.
-Everything else uses vLLM's backends as they are.
+compute it but do not hand it out, so retrieval layers of these fusions use subclasses that do. So
+do all layers on CPUs in float32, where our attention is the faster one. Everything else uses vLLM's
+backends as they are.
 """
 
 from __future__ import annotations
@@ -35,6 +36,16 @@ def choose_backend(head_dim: int, dtype: torch.dtype, cache_dtype: str) -> tuple
         if fitting := [supported for supported in backend.get_supported_head_sizes() if supported >= head_dim]:
             return backend, min(fitting)
     raise ValueError(f"no attention backend takes heads of {head_dim} or a little more: {'; '.join(reasons)}")
+
+
+def window_backend(base: type[AttentionBackend], dtype: torch.dtype, keeps_lse: bool) -> type[AttentionBackend]:
+    """The backend of a layer: ``base``, or one of ours where that is needed or faster.
+
+    Raises:
+        ValueError: if the layer must keep its log-sum-exp and there is no such variant of ``base``.
+    """
+    is_ours_faster = base.get_name() == "CPU_ATTN" and dtype == torch.float32
+    return lse_backend(base) if keeps_lse or is_ours_faster else base
 
 
 def lse_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:

@@ -25,7 +25,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
 from memlong_vllm.config import MemLongConfig, MemoryConfig, bank_slots, num_staging_tokens, request_limits, resolve
-from memlong_vllm.local_attention import choose_backend, lse_backend
+from memlong_vllm.local_attention import choose_backend, window_backend
 from memlong_vllm.retrieval_attention import MemoryStore, RetrievalAttention
 from memlong_vllm.worker.adaptation import Adaptation
 from memlong_vllm.worker.bank import MemoryBank
@@ -116,7 +116,7 @@ class MemLongAttention(nn.Module):
             quant_config=quant_config,
             per_layer_sliding_window=memory.local_window,
             prefix=f"{prefix}.attn",
-            attn_backend=lse_backend(backend) if keeps_lse else backend,
+            attn_backend=window_backend(backend, torch.get_default_dtype(), keeps_lse),
         )
         self._add_memory_parts(memory, layer_idx, num_kv_heads, head_dim, prefix)
 
