@@ -161,7 +161,7 @@ class RetrievalAttention(nn.Module):
     ) -> None:
         """Tokens [G, n] of the batch, at local positions [G, n], attend to [G, R, M, d]."""
         token_idx = tokens.flatten()
-        rotated, _ = self.rotary_emb.forward_native(positions.flatten(), query[token_idx])
+        rotated, _ = self.rotary_emb(positions.flatten(), query[token_idx])
         local_query = rotated.view(*tokens.shape, self.num_heads, self.padded_dim)[..., : self.head_dim]
         local = rows[token_idx, :, : self.head_dim]
         fused = self._fuse(local_query, keys, values, local, token_idx)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
+from memlong_vllm.kernels.numba_threads import flat, njit
 from memlong_vllm.kernels.vectors_cpu import copy, shape_of
 
 
@@ -16,7 +16,6 @@ def store(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots:
         kv_cache: [num_blocks, R, block_size, 2·d], key then value in each row.
         slots: [N] int64, counted through all blocks; below 0: not written.
     """
-    use_threads()
     _, num_heads, block_size, _ = kv_cache.shape
     head_size = key.shape[2]
     arrays = *flat(key), *flat(value), *flat(kv_cache), slots[: key.shape[0]].numpy()
@@ -29,9 +28,10 @@ def compile_store(head_size: int, dtype: torch.dtype) -> None:
     store(row, row, torch.zeros(1, 1, 1, 2 * head_size, dtype=dtype), torch.zeros(1, dtype=torch.int64))
 
 
-@njit(parallel=True, cache=True)
+# Not in parallel: to wake another thread takes longer than to store what decoding sequences add.
+@njit(cache=True)
 def _store(key, key_strides, value, value_strides, kv_cache, cache_strides, slots, num_heads, block_size, size, shape):
-    for token in prange(len(slots)):
+    for token in range(len(slots)):
         slot = slots[token]
         if slot >= 0:
             row_at = slot // block_size * cache_strides[0] + slot % block_size * cache_strides[2]
