@@ -26,7 +26,7 @@ TITLES = {
     FULL: "full attention, stock vLLM",
     FP8: "full attention, fp8 KV cache",
     INT8: "full attention, int8 KV cache",
-    WINDOW: "sliding window only (upper bound)",
+    WINDOW: "sliding window only, stock vLLM",
     AUTHORS: "the authors' loop in transformers",
 }
 KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}

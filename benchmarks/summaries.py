@@ -10,7 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 Size = tuple[int, int]
 """(length, batch)"""
-# What a user could serve instead; the window alone is a bound and no alternative.
+# What a user could serve instead; the window alone forgets, so it is a yardstick and no alternative.
 ALTERNATIVES = ("full", "fp8", "int8", "authors")
 
 
