@@ -19,6 +19,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from memlong_vllm.config import MemoryConfig
@@ -72,6 +73,10 @@ class RetrievalAttention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.padded_dim = head_dim, padded_dim
         self.rotary_emb = rotary_emb
+        # Not its call, which in compiled models would compile again while requests are served.
+        is_plain = type(rotary_emb).forward_native is RotaryEmbedding.forward_native
+        is_kernel_used = is_plain and current_platform.is_cpu()
+        self._rotate = rotary_emb.forward_cpu if is_kernel_used else rotary_emb.forward_native
         self.step_memory: StepMemory | None = None
         self.kernel: RetrievalKernel | None = None
         self.local_impl: Any = None
@@ -161,7 +166,7 @@ class RetrievalAttention(nn.Module):
     ) -> None:
         """Tokens [G, n] of the batch, at local positions [G, n], attend to [G, R, M, d]."""
         token_idx = tokens.flatten()
-        rotated, _ = self.rotary_emb(positions.flatten(), query[token_idx])
+        rotated, _ = self._rotate(positions.flatten(), query[token_idx])
         local_query = rotated.view(*tokens.shape, self.num_heads, self.padded_dim)[..., : self.head_dim]
         local = rows[token_idx, :, : self.head_dim]
         fused = self._fuse(local_query, keys, values, local, token_idx)
