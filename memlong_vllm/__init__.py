@@ -31,7 +31,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     import engine_patches
-    import memlong_vllm.retriever.cpus  # noqa: F401 (remembers the CPUs of this process)
+    import memlong_vllm.process_cpus  # noqa: F401 (remembers the CPUs of this process)
 
     engine_patches.apply()
     AutoConfig.register(MemLongConfig.model_type, MemLongConfig, exist_ok=True)

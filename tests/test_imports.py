@@ -36,6 +36,7 @@ MAY_IMPORT_VLLM = (
 # by workers; the scheduler's side knows their names and headers only.
 SHARDS = {f"memlong_vllm.memories.{module}" for module in ("shards", "shard_layout", "durable", "errors")}
 SHARED = {"memlong_vllm.plan", "memlong_vllm.config", "memlong_vllm.reference.configuration_memlong"} | SHARDS
+SHARED |= {"memlong_vllm.process_cpus"}
 CYCLE = {"a": {"b"}, "b": {"c"}, "c": {"a"}}
 
 Graph = dict[str, set[str]]

@@ -227,6 +227,24 @@ def test_wait_returns_when_something_finishes(make_client: MakeClient) -> None:
     assert not waiting.is_alive()
 
 
+def test_where_no_thread_can_be_started_the_service_embeds_on_its_own(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        client.submit("a", (1,))
+        client.collect(a=1)
+    client.submit("b", (2,))
+    client.collect(b=1)
+    assert client.failures == {}
+    assert [thread.name for thread in client.embedder.threads] == ["memlong-retriever", "memlong-embedder"]
+
+
 def test_shutdown_ends_the_thread_and_leaves_the_queue(make_client: MakeClient) -> None:
     client = make_client()
     client.hold()

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Protocol
 
+from memlong_vllm.process_cpus import use_process_cpus
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,6 +80,7 @@ class Background:
         return not any(job.is_awaited for jobs in self._lanes.values() for job in jobs)
 
     def _serve(self) -> None:
+        use_process_cpus()
         while True:
             with self._changed:
                 heads = [(lane, jobs[0]) for lane, jobs in self._lanes.items()]
@@ -112,7 +115,10 @@ class Background:
             job.run()
         except Exception as error:
             logger.debug("a job of the memory library failed", exc_info=True)
-            job.fail(error)
+            try:
+                job.fail(error)
+            except Exception:  # All that comes later waits for this thread.
+                logger.exception("a job of the memory library failed and could not say so")
 
     def _end(self, lane: Hashable) -> None:
         with self._changed:

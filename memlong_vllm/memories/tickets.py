@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from memlong_vllm.memories.errors import MemoryLibraryBusyError, MemoryLibraryError
+from memlong_vllm.process_cpus import use_process_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Tickets:
         """Start work. Returns its ticket.
 
         Raises:
-            MemoryLibraryBusyError: if 16 pieces of work are running.
+            MemoryLibraryBusyError: if 16 pieces of work are running, or the system has no thread left.
             MemoryLibraryError: after :meth:`stop`.
         """
         ticket = secrets.token_hex(16)
@@ -46,8 +47,11 @@ class Tickets:
                 raise MemoryLibraryError("the memory library was closed")
             if len(self._running) >= MAX_RUNNING:
                 raise MemoryLibraryBusyError(f"{MAX_RUNNING} operations on memories are under way: try again later")
+            try:
+                thread.start()  # With the lock held: the work may end at once.
+            except RuntimeError as error:
+                raise MemoryLibraryBusyError(f"no thread can be started ({error}): try again later") from error
             self._running[ticket] = thread
-        thread.start()
         return ticket
 
     def take_result(self, ticket: str) -> dict[str, Any] | None:
@@ -75,6 +79,7 @@ class Tickets:
         return not any(thread.is_alive() for thread in threads)
 
     def _run(self, ticket: str, work: Work) -> None:
+        use_process_cpus()
         result: dict[str, Any] | MemoryLibraryError
         try:
             result = work()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from memlong_vllm.retriever.cpus import use_process_cpus
+from memlong_vllm.process_cpus import use_process_cpus
 from memlong_vllm.retriever.embedder import Embedder
 
 Span = tuple[int, int]
@@ -56,8 +56,8 @@ class RetrieverCounters:
 class RetrieverService:
     """Embeddings of token spans, made ahead of their use.
 
-    All public methods are called by the scheduler's thread; the embedder and the tokenizer are
-    used by the service's thread only. A span is embedded once as long as its embedding stays
+    Public methods may be called by any thread; the embedder and the tokenizer are used by the
+    service's own only. A span is embedded once as long as its embedding stays
     among the ``cache_size`` last used, whoever asks for it within a namespace: then the answer is
     there at once. Namespaces share nothing, so that none can tell by the time what others embed.
 
@@ -213,8 +213,12 @@ class RetrieverService:
                 errors.append(error)
 
         thread = threading.Thread(target=embed, name="memlong-embedder", daemon=True)
-        thread.start()
-        thread.join()
+        try:
+            thread.start()
+        except RuntimeError:  # The system has no thread left for now: slower is better than not at all.
+            embed()
+        else:
+            thread.join()
         for error in errors:
             raise error
 

@@ -13,6 +13,7 @@ import torch
 
 from memlong_vllm.memories.shards import ShardReader, write_shard
 from memlong_vllm.plan import ChunkLoad, ChunkSave
+from memlong_vllm.process_cpus import use_process_cpus
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.index_tensors import index_tensor
 from memlong_vllm.worker.staging import Staging
@@ -49,7 +50,7 @@ class ChunkTransfer:
         self._staging = staging
         self._heads = heads
         self._reader = ShardReader()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memlong-shard-writer")
+        self._writer = ThreadPoolExecutor(1, "memlong-shard-writer", use_process_cpus)
         self._waiting: deque[Future[None]] = deque()
         self._is_cuda = bank.device.type == "cuda"
 

@@ -1,7 +1,7 @@
 """The CPUs this process may use, as they were before vLLM's CPU worker pinned its thread.
 
 Threads inherit the affinity of the one that makes them. In the engine's process that is a thread
-pinned to a single core, and embedding there would stall every step of the model. This module is
+pinned to a single core, and whatever else is done there, as embedding, stalls every step of the model. This module is
 imported when the plugin registers, which is before any worker exists.
 """
 
