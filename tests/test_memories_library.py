@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memlong_vllm.memories import pending, store
+from memlong_vllm.memories import pending
 from memlong_vllm.memories.errors import (
     MemoryLibraryError,
     MemoryWriteError,
@@ -99,7 +99,10 @@ def test_commits_to_one_memory_happen_in_the_order_of_the_calls(library: MemoryL
     path, chunks = second.new_shard_path(), Chunks((2,))
     second.commit(chunks.token_ids, chunks.embeddings, [(path, 1)], 1)
     commit(first, (1,))
-    time.sleep(0.1)
+    # What was begun after it and is not of this memory is done; it waits.
+    other = library.begin_write("default", "b", 1)
+    commit(other, (3,))
+    wait_until(lambda: other.is_done)
     assert not first.is_done
     write_shard(path, 0, 1, 0, chunks.kv)
     assert library.flush(WAIT_S)
@@ -173,8 +176,7 @@ def test_commits_that_contradict_themselves_are_refused_and_may_be_repeated(libr
     assert read(library, "a") == (1, 2)
 
 
-def test_nothing_is_left_of_an_abandoned_write(library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "LATE_WRITE_S", 0.3)
+def test_nothing_is_left_of_an_abandoned_write(library: MemoryLibrary) -> None:
     write = library.begin_write("default", "a", 2)
     save_shards(write, (1,), 1, 1)
     late = write.new_shard_path()
@@ -182,12 +184,50 @@ def test_nothing_is_left_of_an_abandoned_write(library: MemoryLibrary, monkeypat
     write.abandon()
     assert library.flush(WAIT_S)
     assert files_under(library._root) == set()
+    # A worker that was still writing; its folder is swept again when none can be.
     write_shard(late, 0, 1, 0, Chunks((2,)).kv)
-    wait_until(lambda: files_under(library._root) == set())
+    assert files_under(library._root)
+    library._store.end_late(("default", "a"))
+    assert files_under(library._root) == set()
     wait_until(lambda: not (library._root / "default" / "a").exists())
     assert library.take_failures() == []
     append(library, "a", 3)
     assert read(library, "a") == (3,)
+
+
+def test_writes_that_look_alike_are_told_apart(library: MemoryLibrary) -> None:
+    """Two of one size and nothing written yet: the end of one is not the other's."""
+    first, second = (library.begin_write("default", "a", 2) for _ in range(2))
+    shards = save_shards(first, (1, 2), 1, 1)
+    second.abandon()
+    library.begin_write("default", "a", 2).abandon()
+    chunks = Chunks((1, 2))
+    first.commit(chunks.token_ids, chunks.embeddings, shards, 1)
+    assert library.flush(WAIT_S)
+    assert first.error is None
+    assert read(library, "a") == (1, 2)
+    assert not library.is_written("default", "a")
+
+
+class _Stubborn:
+    """A job that fails, and then fails to say so."""
+
+    is_awaited = True
+
+    def delay(self, now: float) -> float:
+        return 0.0
+
+    def run(self) -> None:
+        raise ValueError("cannot run")
+
+    def fail(self, error: Exception) -> None:
+        raise ValueError("cannot fail") from error
+
+
+def test_no_job_ends_the_librarys_thread(library: MemoryLibrary) -> None:
+    library._store.background.submit(_Stubborn())
+    append(library, "a", 1)
+    assert read(library, "a") == (1,)
 
 
 def test_shards_that_were_not_committed_are_removed(library: MemoryLibrary) -> None:

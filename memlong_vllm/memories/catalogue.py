@@ -51,9 +51,9 @@ def format_problem(name: str, manifest: Manifest, made: MemoryFormat | None) -> 
     return f"the memory '{name}' does not fit this engine; here and there differ: {'; '.join(differences)}"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Reservation:
-    """A write under way: bytes it may take and the tokens of the files it makes."""
+    """A write under way: bytes it may take and the tokens of the files it makes. Equal to itself only."""
 
     num_bytes: int
     is_import: bool = False
