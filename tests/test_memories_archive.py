@@ -21,6 +21,7 @@ from memlong_vllm.memories.errors import (
     MemoryLibraryError,
     QuotaExceededError,
 )
+from memlong_vllm.memories.index_settings import IndexSettingsError
 from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.memories.quota import Quota
@@ -162,6 +163,40 @@ def test_archives_with_more_or_less_than_a_memory(library: MemoryLibrary, tmp_pa
     assert [info.name for info in library.names("default")] == ["a"]
     library.import_archive("default", "b", tmp_path / "a.tar")
     assert read(library, "b") == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("index", [("PQ1x24", {}), ("HNSW32", {"efSearch": 1 << 30}), ("PQ1x4", {"ht": 1})])
+def test_an_index_that_may_not_be_asked_for_is_not_imported(
+    library: MemoryLibrary, tmp_path: Path, index: tuple[str, dict[str, int]]
+) -> None:
+    library.export_archive("default", "a", tmp_path / "a.tar")
+    content, body = members(tmp_path / "a.tar"), json.loads(manifest_of(library, "a").encode())
+    body["index_factory"], body["index_parameters"] = index
+    content[0] = (content[0][0], with_right_checksum(body))
+    pack(tmp_path / "bad.tar", content)
+    with pytest.raises(IndexSettingsError, match="the index "):
+        library.import_archive("default", "b", tmp_path / "bad.tar")
+    assert library.flush(WAIT_S)
+    assert [info.name for info in library.names("default")] == ["a"]
+    assert files_under(library._root) == files_expected(library, library._root)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_what_a_header_announces_is_not_read(library: MemoryLibrary, tmp_path: Path, kind: bytes) -> None:
+    """100 GB of a name: refused by its header."""
+    library.export_archive("default", "a", tmp_path / "a.tar")
+    announced = tarfile.TarInfo("././@LongLink")
+    announced.type, announced.size = kind, 100 << 30
+    header = announced.tobuf(tarfile.GNU_FORMAT)
+    good = (tmp_path / "a.tar").read_bytes()
+    first = tarfile.BLOCKSIZE * (1 - (-members(tmp_path / "a.tar")[0][0].size // tarfile.BLOCKSIZE))
+    for bad in (header, header + good, good[:first] + header + good[first:]):
+        with (tmp_path / "bad.tar").open("wb") as file:
+            file.write(bad)
+            file.truncate(200 << 30)  # Of which the disk holds next to nothing.
+        with pytest.raises(MemoryDamagedError, match="is not a plain file"):
+            library.import_archive("default", "b", tmp_path / "bad.tar")
+    (tmp_path / "bad.tar").unlink()
 
 
 def test_archives_that_are_right_in_themselves_but_not_a_memory(library: MemoryLibrary, tmp_path: Path) -> None:

@@ -133,6 +133,10 @@ BAD_INDEXES = [
     ("IVF16,Flat", {"nprobe": "many"}),
     ("IVF16,Flat", {"no_such": 1}),
     ("Flat", {"nprobe": 1}),
+    ("HNSW32", {"efSearch": 1 << 30}),  # Allocated by every search.
+    ("HNSW32", {"efConstruction": 64}),
+    ("PQ1x4", {"ht": 1}),  # Searches would fail.
+    ("IVF16,Flat", {"nprobe": True}),
     ("PQ2", {}),  # Three dimensions.
 ]
 
@@ -155,6 +159,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("show", {"tenant": "default", "name": "../a"}, "MemoryNameError"),
     ("show", {"tenant": "default", "name": ["a"]}, "OperationError"),
     ("missing", {"tenant": "default", "names": [["a"]]}, "MemoryNameError"),
+    ("missing", {"tenant": "default", "names": ["a"] * 1001}, "OperationError"),
     ("set_index", {"tenant": "default", "name": "a", "factory": 1, "parameters": {}}, "OperationError"),
     ("set_index", {"tenant": "default", "name": "a", "factory": "Flat", "parameters": {}}, "UnknownMemoryError"),
     ("import_archive", {"tenant": "default", "name": "a", "path": 3}, "OperationError"),
@@ -191,6 +196,19 @@ def test_too_much_work_at_once_is_refused(library: MemoryLibrary) -> None:
     assert library.tickets.stop(WAIT_S)
     with pytest.raises(MemoryLibraryError, match="closed"):
         library.tickets.start(dict)
+
+
+def test_a_thread_that_cannot_start_leaves_nothing(library: MemoryLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(tickets.MAX_RUNNING + 1):
+            answer = perform(library, "delete", {"tenant": "default", "name": "a"})
+            assert (answer["kind"], "can't start" in answer["error"]) == ("MemoryLibraryBusyError", True)
+    assert ask(library, "delete", tenant="default", name="a")["kind"] == "UnknownMemoryError"
+    assert library.tickets.stop(WAIT_S)
 
 
 def test_a_failure_nobody_foresaw_is_told(library: MemoryLibrary) -> None:

@@ -16,6 +16,7 @@ from memlong_vllm.endpoints.errors import EndpointError
 from memlong_vllm.endpoints.state import MemLongState
 from memlong_vllm.endpoints.tenants import RawHeaders, header
 from memlong_vllm.memories.names import tenant_folder
+from memlong_vllm.request_settings import MAX_READ
 
 MAX_BODY_BYTES = 64 << 20
 # Of vLLM 0.32. The first are the generating routes whose bodies have a cache_salt that reaches
@@ -180,6 +181,8 @@ async def _check_named(state: MemLongState, body: dict[str, Any]) -> None:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not names or not isinstance(salt, str | None):
         return
+    if len(names) > MAX_READ or not all(isinstance(name, str) for name in names):
+        return  # vLLM's check of requests says so.
     tenant = tenant_folder(salt)
     missing = (await state.engine.perform("missing", tenant=tenant, names=names))["missing"]
     if missing:

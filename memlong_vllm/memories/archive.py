@@ -10,7 +10,6 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 from memlong_vllm.memories import manifest as manifests
 from memlong_vllm.memories.durable import UNFINISHED, finish, sync
@@ -78,9 +77,8 @@ class ArchiveReader:
         """
         self._source = source
         self._file = source.open("rb")
+        self._next_header = 0
         try:
-            with self._complaints():
-                self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 (closed with the file)
             self.manifest = self._read_manifest()
         except BaseException:
             self._file.close()
@@ -126,12 +124,23 @@ class ArchiveReader:
         return manifests.decode(data, f"{self._source}: {manifests.FILE_NAME}")
 
     def _next(self) -> tarfile.TarInfo | None:
+        """The next member, a plain file. No TarFile, which reads what some headers of other types
+        announce (long names, for one), however much that is."""
         with self._complaints():
-            return self._tar.next()
+            self._file.seek(self._next_header)
+            header = self._file.read(tarfile.BLOCKSIZE)
+            if header.count(0) == len(header):  # The end: zeros, or nothing.
+                return None
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise self._damaged(member, "is not a plain file")
+        if member.size < 0:
+            raise self._damaged(member, "has a size below 0")
+        member.offset_data = self._next_header + tarfile.BLOCKSIZE
+        self._next_header = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return member
 
     def _check(self, member: tarfile.TarInfo, size: int) -> None:
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-            raise self._damaged(member, "is not a plain file")
         if member.size != size:
             raise self._damaged(member, f"has {member.size} bytes instead of {size}")
 
@@ -146,18 +155,15 @@ class ArchiveReader:
         sync(target)
 
     def _blocks(self, member: tarfile.TarInfo) -> Iterator[bytes]:
-        with self._complaints():
-            content: IO[bytes] | None = self._tar.extractfile(member)
-        left = member.size if content is not None else -1
-        while left and content is not None:
+        self._file.seek(member.offset_data)
+        left = member.size
+        while left:
             with self._complaints():
-                block = content.read(min(left, _BLOCK_BYTES))
-            left = left - len(block) if block else -1
-            if left < 0:
-                break
+                block = self._file.read(min(left, _BLOCK_BYTES))
+            if not block:
+                raise self._damaged(member, "is cut short")
+            left -= len(block)
             yield block
-        if left:
-            raise self._damaged(member, "is cut short")
 
     def _damaged(self, member: tarfile.TarInfo, problem: str) -> MemoryDamagedError:
         return MemoryDamagedError(f"{self._source}: {member.name[:80]!a} {problem}")

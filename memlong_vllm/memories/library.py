@@ -21,6 +21,7 @@ from memlong_vllm.memories.errors import (
     MemoryWriteError,
     UnknownMemoryError,
 )
+from memlong_vllm.memories.index_settings import check_index_settings
 from memlong_vllm.memories.manifest import Manifest, Parameter, check_index
 from memlong_vllm.memories.memory_format import MemoryFormat
 from memlong_vllm.memories.names import validate_name, validate_tenant
@@ -294,6 +295,7 @@ class MemoryLibrary:
             MemoryExistsError: if there is a memory of this name, or a write to one.
             MemoryFormatError, QuotaExceededError
             MemoryDamagedError: naming what is wrong with the archive.
+            IndexSettingsError: if its index is none that may be asked for.
             MemoryLibraryError: if the archive cannot be read, or the disk refuses.
         """
         key, made = self._key(tenant, name), self._format()
@@ -324,6 +326,7 @@ class MemoryLibrary:
             self._store.verifier.verify(folder, manifest)
             for part in manifest.parts:
                 read_chunks(folder, part, made)
+            check_index_settings(manifest.index_factory, manifest.index_parameters)
             self._publish(key, write, lambda _: replace(manifest, name=key[1], updated=time.time()))
         except BaseException as error:
             self._store.give_up(key, write)
@@ -371,7 +374,7 @@ class MemoryLibrary:
         if self._closed:
             raise MemoryLibraryError("the memory library was closed")
         if self._read_only:
-            self._store.reload(tenant)
+            self._store.load(tenant)
 
     def _format(self) -> MemoryFormat:
         if self._store.made is None:

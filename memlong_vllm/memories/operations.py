@@ -6,7 +6,6 @@ goes on, and answered with a ticket: ``poll`` says how it went.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,25 +13,19 @@ from typing import Any
 
 from memlong_vllm.memories.catalogue import MemoryInfo
 from memlong_vllm.memories.errors import MemoryLibraryError, UnknownMemoryError
+from memlong_vllm.memories.index_settings import IndexSettingsError, check_index_settings
 from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.tickets import Work
 
 Arguments = dict[str, Any]
 Answer = dict[str, Any]
 
-# FAISS allocates what a factory string names before there is anything to index, so of what it
-# understands only this is taken from outside: numbers are bounded.
-_CODES = r"(Flat|SQ4|SQ6|SQ8|SQfp16|PQ\d{1,3}(x(4|5|6|8|10))?(fs)?)"
-_FACTORY = re.compile(rf"{_CODES}|IVF[1-9]\d{{0,5}}(_HNSW\d{{1,2}})?,{_CODES}|HNSW[1-9]\d?(,{_CODES})?")
-_FACTORY_RULE = "must be Flat, SQ8, PQ<m>, HNSW<m>, or IVF<n> followed by ,Flat ,SQ8 or ,PQ<m>"
+# Each is looked up while the engine waits.
+_MOST_NAMES = 1000
 
 
 class OperationError(MemoryLibraryError):
     """An operation is unknown or an argument of it is missing or of another type."""
-
-
-class IndexSettingsError(MemoryLibraryError):
-    """The settings of an index are not ones that FAISS can build."""
 
 
 def perform(library: MemoryLibrary, operation: str, arguments: Arguments) -> Answer:
@@ -117,6 +110,8 @@ def describe(library: MemoryLibrary, tenant: str, name: str) -> Answer:
 
 def _missing(library: MemoryLibrary, arguments: Arguments) -> Answer:
     tenant, names = _take(arguments, "tenant", str), _take(arguments, "names", list)
+    if len(names) > _MOST_NAMES:
+        raise OperationError(f"names must be at most {_MOST_NAMES}, not {len(names)}")
     return {"missing": [name for name in names if not library.is_known(tenant, name)]}
 
 
@@ -149,8 +144,7 @@ def _set_index(library: MemoryLibrary, arguments: Arguments) -> Answer:
 def _check_index(factory: str, parameters: dict[str, Any], dimension: int) -> None:
     from memlong_vllm.memories.index import IndexFactoryError, validate_factory
 
-    if not _FACTORY.fullmatch(factory):
-        raise IndexSettingsError(f"the index factory {ascii(factory)[:80]} {_FACTORY_RULE}")
+    check_index_settings(factory, parameters)
     try:
         validate_factory(factory, parameters, dimension)
     except IndexFactoryError as error:

@@ -80,18 +80,15 @@ class MemoryStore:
         return self.root / key[0] / key[1]
 
     def load(self, tenant: str | None = None) -> None:
-        """Read all manifests, or a tenant's."""
-        found = [(key, folders.read_manifest(self.folder(key))) for key in folders.folders(self.root)]
+        """Read all manifests; or a tenant's again, which another process may have changed."""
+        keys = [key for key in folders.folders(self.root) if tenant in (None, key[0])]
+        found = [(key, folders.read_manifest(self.folder(key))) for key in keys]
         with self.lock:
+            if tenant is not None:
+                self.catalogue.clear(tenant)
             for key, memory in found:
-                if tenant in (None, key[0]) and memory is not None:
+                if memory is not None:
                     self.catalogue.put(key, memory)
-
-    def reload(self, tenant: str) -> None:
-        """Read a tenant's manifests again; another process may have changed them."""
-        with self.lock:
-            self.catalogue.clear(tenant)
-            self.load(tenant)
 
     def collect_garbage(self) -> None:
         """Remove what a process that was killed has left. Nothing may be open or under way."""
