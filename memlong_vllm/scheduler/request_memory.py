@@ -24,6 +24,8 @@ class RequestMemory:
         keys: addresses of the segments it may share with others.
         is_addressed: whether these are known. They depend on the memories it reads.
         held_since: when it began to wait for embeddings, or None.
+        waits_at: while it waits to be admitted, the first token it would compute if it had been when
+            last looked at, or None.
     """
 
     settings: RequestSettings
@@ -33,6 +35,7 @@ class RequestMemory:
     keys: Sequence[bytes] = field(default=())
     is_addressed: bool = False
     held_since: float | None = None
+    waits_at: int | None = None
 
     @property
     def reads_named(self) -> bool:

@@ -251,10 +251,14 @@ class MemLongScheduler(Scheduler):
         # No overtaking: the first request that waits for slots is the next to get some.
         if memory is None or self._is_admission_closed or not self._open_named(request, memory):
             return False
+        # What it shares takes longer to find than to see that embeddings are still missing behind it.
+        if memory.waits_at is not None and not self._is_ready(request, memory.waits_at):
+            return False
         hit = self._prefix_cache.find(request, memory.config, memory.keys, every_chunk=memory.writes_named)
         if hit.prefix is not None and hit.prefix.forgotten and not self._fits(request, memory, hit):
             # Forgotten chunks are held for a moment beside what the request may need alone.
             hit = self._prefix_cache.nothing
+        memory.waits_at = hit.num_tokens
         if not self._is_ready(request, hit.num_tokens):
             return False
         if not self._fits(request, memory, hit):
@@ -263,6 +267,7 @@ class MemLongScheduler(Scheduler):
         borrow = partial(self._named.borrow, memory.named) if memory.reads_named and memory.named else None
         self.ledger.open(request.request_id, request.num_prompt_tokens, memory.config, memory.keys, hit.prefix, borrow)
         self._hits[request.request_id] = hit
+        memory.waits_at = None
         return True
 
     def _open_named(self, request: Request, memory: RequestMemory) -> bool:
