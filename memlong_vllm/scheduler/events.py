@@ -25,7 +25,7 @@ class Retrieved:
     """A retrieval as it was made.
 
     Attributes:
-        num_eligible: chunks that could have been chosen, those of named memories included.
+        num_eligible: own chunks that could have been chosen.
         chunk_ids: of the sequence's own chunks, ascending.
         scores: of these, inner products.
         named: chunks of named memories, ascending; they are attended before the own ones.

@@ -8,10 +8,11 @@ copied from its slot to a new shard, and all of them become part of the memory w
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.pending import PendingWrite
 from memlong_vllm.memories.snapshot import OpenMemory
 from memlong_vllm.plan import ChunkLoad, ChunkSave
+from memlong_vllm.process_cpus import use_process_cpus
 from memlong_vllm.request_settings import RequestSettings
 from memlong_vllm.scheduler.events import NamedChunk
 from memlong_vllm.scheduler.slots import Chunk, SlotPool
@@ -28,6 +30,8 @@ from memlong_vllm.scheduler.slots import Chunk, SlotPool
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_TIMEOUT_S = 10.0
+# Of embeddings whose trained indexes are kept although nobody reads them.
+_IDLE_BYTES = 1 << 30
 
 
 @dataclass
@@ -57,6 +61,38 @@ class NamedUse:
     damage: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _IdleIndex:
+    index: Future[CorpusIndex]
+    embeddings: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class NamedIndex:
+    """A memory's index as one request searches it: a search that fails ends that request only.
+
+    Attributes:
+        fail: called with the error.
+    """
+
+    index: CorpusIndex
+    fail: Callable[[Exception], None]
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`CorpusIndex.search`; nothing is found where that fails."""
+        try:
+            return self.index.search(queries, k)
+        except Exception as error:  # noqa: BLE001 (FAISS raises all sorts, and the engine goes on)
+            self.fail(error)
+            shape = (len(queries), k)
+            return np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the embeddings."""
+        return 4 * len(self.index) * self.index.dimension
+
+
 class NamedMemories:
     """Reads and writes of all requests.
 
@@ -82,8 +118,9 @@ class NamedMemories:
         self._resident: dict[tuple[str, int], Chunk] = {}
         self._indexes: dict[str, Future[CorpusIndex]] = {}
         self._index_users: Counter[str] = Counter()
-        self._builder = ThreadPoolExecutor(1, thread_name_prefix="memlong-index")
-        self._committer = ThreadPoolExecutor(1, thread_name_prefix="memlong-commit")
+        self._idle: OrderedDict[str, _IdleIndex] = OrderedDict()
+        self._builder = ThreadPoolExecutor(1, "memlong-index", use_process_cpus)
+        self._committer = ThreadPoolExecutor(1, "memlong-commit", use_process_cpus)
         self._commits: list[Future[None]] = []
         self._writes: dict[tuple[str, str], PendingWrite] = {}
         self._losses: Counter[str] = Counter()
@@ -154,9 +191,32 @@ class NamedMemories:
     def _index(self, memory: OpenMemory) -> Future[CorpusIndex]:
         version = memory.version
         self._index_users[version] += 1
+        if version in self._idle:
+            self._indexes[version] = self._idle.pop(version).index
         if version not in self._indexes:
-            self._indexes[version] = self._builder.submit(_build_index, memory)
+            # Of what is open now, not of the memory, which this reader may release before the others.
+            settings = memory.index_factory, {name: int(value) for name, value in memory.index_parameters.items()}
+            self._indexes[version] = self._builder.submit(CorpusIndex, memory.embeddings, *settings)
         return self._indexes[version]
+
+    def indexes(self, use: NamedUse) -> list[NamedIndex]:
+        """Of the memories a request reads, once :meth:`is_ready`.
+
+        Raises:
+            Exception: whatever building one raised.
+        """
+        return [
+            NamedIndex(index.result(), partial(self._fail, use, memory))
+            for memory, index in zip(use.reads, use.indexes, strict=True)
+        ]
+
+    def _fail(self, use: NamedUse, memory: OpenMemory, error: Exception) -> None:
+        self._damage(use, memory, f"the memory '{memory.name}' cannot be searched: {error}")
+
+    def _damage(self, use: NamedUse, memory: OpenMemory, reason: str) -> None:
+        """The plan stands, but its request ends, and nothing that it computes is met again."""
+        self._losses[memory.version] += 1
+        use.damage = reason
 
     def borrow(self, use: NamedUse, chunk: NamedChunk) -> Chunk:
         """A chunk's slot, held once more for the caller; brought in with this step if need be."""
@@ -169,9 +229,7 @@ class NamedMemories:
         brought = self._pool.new()
         self._loads.append(ChunkLoad(brought.slot, *place))
         if missing := memory.missing_file(chunk.row):
-            # The plan stands, but its request ends, and nothing that it computes is met again.
-            self._losses[memory.version] += 1
-            use.damage = f"the memory '{memory.name}' was damaged while it was open: {missing} is gone"
+            self._damage(use, memory, f"the memory '{memory.name}' was damaged while it was open: {missing} is gone")
             return brought
         self._resident[place] = brought
         brought.on_evict = lambda: self._forget(place)
@@ -215,12 +273,13 @@ class NamedMemories:
         Returns:
             Whether ``embeddings`` will be called.
         """
-        for memory in use.reads:
-            self.library.release(memory)
         for memory in use.reads[: len(use.indexes)]:
             self._index_users[memory.version] -= 1
             if not self._index_users[memory.version]:
-                del self._index_users[memory.version], self._indexes[memory.version]
+                del self._index_users[memory.version]
+                self._retire(self._indexes.pop(memory.version), memory)
+        for memory in use.reads:
+            self.library.release(memory)
         write = use.write
         if write is None:
             return False
@@ -234,6 +293,15 @@ class NamedMemories:
         self._writes = {key: other for key, other in self._writes.items() if not other.is_done}
         self._writes[write.tenant, write.name] = write
         return True
+
+    def _retire(self, index: Future[CorpusIndex], memory: OpenMemory) -> None:
+        """Keep an index that was or is being trained for whoever reads the memory next."""
+        if index.done() and (index.exception() is not None or index.result().is_exact):
+            return
+        self._idle[memory.version] = _IdleIndex(index, memory.embeddings)
+        num_bytes = sum(idle.embeddings.nbytes for idle in self._idle.values())
+        while num_bytes > _IDLE_BYTES:
+            num_bytes -= self._idle.popitem(last=False)[1].embeddings.nbytes
 
     def _commit(
         self,
@@ -274,8 +342,3 @@ class NamedMemories:
         self._committer.shutdown(wait=False, cancel_futures=True)
         if self._library is not None:
             self._library.close()
-
-
-def _build_index(memory: OpenMemory) -> CorpusIndex:
-    parameters = {name: int(value) for name, value in memory.index_parameters.items()}
-    return CorpusIndex(memory.embeddings, memory.index_factory, parameters)

@@ -215,8 +215,8 @@ class MemLongScheduler(Scheduler):
     def _make_room(self, ready: list[Request]) -> bool:
         """Preempt the last requests until the bank has what this step of the others takes.
 
-        The first is never preempted and can always go on alone (``bank_slots`` sees to that), so
-        every request is served in the end.
+        The first of them (of the highest priority) is never preempted and can always go on alone
+        (``bank_slots`` sees to that), so every request is served in the end.
 
         Returns:
             Whether any was preempted.
@@ -279,7 +279,7 @@ class MemLongScheduler(Scheduler):
             if not self._named.is_ready(memory.named):
                 self.counters.note_hold(memory, is_held=True)
                 return False
-            memory.retriever.named = [index.result() for index in memory.named.indexes]
+            memory.retriever.named = self._named.indexes(memory.named)
         except Exception as error:  # noqa: BLE001 (an index may fail in any way; that ends its readers)
             self._failures[request.request_id] = str(error)
             return False

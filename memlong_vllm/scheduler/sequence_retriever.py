@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from memlong_vllm.config import MemoryConfig
-from memlong_vllm.memories.index import CorpusIndex
 from memlong_vllm.retriever.index import ChunkIndex
 from memlong_vllm.retriever.service import RetrieverService
 from memlong_vllm.scheduler.events import NamedChunk
 from memlong_vllm.scheduler.ledger import Found
+from memlong_vllm.scheduler.named_memories import NamedIndex
 from memlong_vllm.scheduler.segments import Retrieval, SegmentClock, Span
 
 
@@ -57,7 +57,7 @@ class SequenceRetriever:
         self._submitted: set[Span] = set()
         self._num_seen = 0
         self._num_chunks = 0
-        self.named: list[CorpusIndex] = []
+        self.named: list[NamedIndex] = []
 
     def observe(self, token_ids: Sequence[int]) -> None:
         """Submit every span whose text is complete now and that a retrieval needs soon.
@@ -114,8 +114,8 @@ class SequenceRetriever:
     @property
     def num_index_bytes(self) -> int:
         """Bytes of the embeddings that are searched, those of named memories included."""
-        named = sum(len(index) * index.dimension for index in self.named)
-        return 4 * (len(self._index) * self._service.dimension + named)
+        own = 4 * len(self._index) * self._service.dimension
+        return own + sum(index.num_bytes for index in self.named)
 
     def wait_for_embeddings(self, num_chunks: int, timeout: float = 600.0) -> np.ndarray:
         """Embeddings of the first chunks of a sequence that has ended. Blocks; on any thread.
