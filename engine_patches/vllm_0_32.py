@@ -84,6 +84,12 @@ def _patch_request_validation() -> None:
 def _check_settings(vllm_config: Any, params: SamplingParams) -> None:
     memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
     settings = RequestSettings.from_extra_args(params.extra_args, request_limits(memory, deployment))
+    num_engines = vllm_config.parallel_config.data_parallel_size
+    if num_engines > 1 and (settings.memory_read or settings.memory_write is not None):
+        raise RequestSettingsError(
+            f"memory_read and memory_write are for servers of one engine, and this has {num_engines}: each would "
+            "have memories of its own. Serve without --data-parallel-size"
+        )
     if settings.memory_write is not None and params.n > 1:
         raise RequestSettingsError("memory_write: n must be 1, or the prompt would be written several times")
     if settings.memory_write is not None and params.stop:

@@ -31,6 +31,8 @@ class MemLongEngineConfig(VerifyAndUpdateConfig):
         """
         memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
         _check_tenants(deployment)
+        if deployment.memory_dir is not None and vllm_config.parallel_config.data_parallel_size > 1:
+            raise ValueError("memlong.memory_dir is one engine's: remove it or --data-parallel-size")
         for unsupported, message in _refusals(vllm_config):
             if unsupported:
                 raise ValueError(f"MemLong does not support {message}")
@@ -53,10 +55,16 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     scheduler = vllm_config.scheduler_config
     return [
-        (model.runner_type != "generate", f"runner {model.runner_type!r}: it generates text only"),
+        (model.runner_type != "generate", f"runner {model.runner_type!r}: use --runner generate"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: use --tensor-parallel-size"),
-        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
-        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "decode context parallelism: remove --decode-context-parallel-size",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "prefill context parallelism: remove --prefill-context-parallel-size",
+        ),
         (parallel.use_ubatching, "dual batch overlap: remove --enable-dbo"),
         (vllm_config.lora_config is not None, "LoRA at run time: merge the adapter when converting"),
         (vllm_config.speculative_config is not None, "speculative decoding: remove --speculative-config"),
@@ -66,14 +74,17 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
             f"kv_cache_dtype {cache.cache_dtype!r} with weights in {model.dtype}: use 'auto'",
         ),
-        (model.enable_prompt_embeds, "prompt embeddings, which have no text to retrieve with"),
-        (model.disable_sliding_window, "--disable-sliding-window: the local window is part of the model"),
-        (model.skip_tokenizer_init, "--skip-tokenizer-init: chunks are retrieved by their text"),
-        (scheduler.scheduler_cls is not None, f"another scheduler ({scheduler.scheduler_cls}): it brings its own"),
-        (parallel.worker_cls != "auto", f"another worker class ({parallel.worker_cls})"),
+        (model.enable_prompt_embeds, "prompt embeddings (they have no text): remove --enable-prompt-embeds"),
+        (model.disable_sliding_window, "--disable-sliding-window: remove it, the local window is part of the model"),
+        (model.skip_tokenizer_init, "--skip-tokenizer-init: remove it, chunks are retrieved by their text"),
+        (
+            scheduler.scheduler_cls is not None,
+            f"another scheduler ({scheduler.scheduler_cls}): remove --scheduler-cls",
+        ),
+        (parallel.worker_cls != "auto", f"another worker class ({parallel.worker_cls}): remove --worker-cls"),
         (
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH or envs.VLLM_BATCH_INVARIANT,
-            "VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT: retrieval must stay outside captured graphs",
+            "VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT: unset them, retrieval cannot be captured",
         ),
         (
             model.hf_config.rope_parameters.get("rope_type", "default") in UNSUPPORTED_ROPE,
@@ -93,6 +104,9 @@ def _check_tenants(deployment: DeploymentConfig) -> None:
         )
     if envs.VLLM_USE_RUST_FRONTEND:
         raise ValueError("memlong.tenant_keys and tenant_header exclude VLLM_USE_RUST_FRONTEND, which has no plugins")
+    from memlong_vllm.endpoints.tenants import tenancy_of  # Not needed by engines without tenants.
+
+    tenancy_of(deployment)
 
 
 def _check_retriever(memory: MemoryConfig, checkpoint: str) -> None:

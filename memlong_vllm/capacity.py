@@ -20,15 +20,20 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
-from memlong_vllm.config import GIB, MemoryConfig, max_sequence_slots, step_buffer_bytes, working_set_tokens
+from memlong_vllm.config import (
+    DEFAULT_STAGING_TOKENS,
+    GIB,
+    MemoryConfig,
+    max_sequence_slots,
+    step_buffer_bytes,
+    working_set_tokens,
+)
 
 # vLLM pads vocabularies to a multiple of this, and keeps one block of the pool for itself.
 _VOCABULARY_MULTIPLE = 64
 _NULL_BLOCKS = 1
 # FlashAttention takes heads of any multiple of 8.
 _HEAD_MULTIPLE = 8
-# Tokens that prefills copy out of the bank at once, at least.
-_STAGED_TOKENS = 8192
 # CUDA context, communication buffers, a kernel's partial results (1 MiB or so) and what the
 # allocator cannot use, in the estimated reserve.
 _FIXED_RESERVE = GIB // 2
@@ -149,7 +154,7 @@ def variants(config: LlamaConfig, memory: MemoryConfig, setup: Setup) -> list[Va
     bank = max_sequence_slots(memory, setup.context, setup.max_num_batched_tokens) * slot_bytes(config, memory, setup)
     index = {"search index": -(-setup.context // memory.chunk_size) * setup.embedding_dimension * 4}
     retrieved = working_set_tokens(memory) * token_bytes(config, setup)
-    staged = max(memory.top_k * memory.chunk_size, _STAGED_TOKENS)
+    staged = max(memory.top_k * memory.chunk_size, DEFAULT_STAGING_TOKENS)
     staging = {
         "staging": staged * token_bytes(config, setup),
         "step buffers": step_buffer_bytes(setup.max_num_batched_tokens, memory.top_k),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from memlong_vllm.config import RetrieverConfig
-from memlong_vllm.retriever.embedder import load_embedder
+from memlong_vllm.retriever.embedder import RetrieverLoadError, load_embedder
 from tests.checkpoints import Checkpoints
 
 MAX_LENGTH = 64
@@ -36,3 +36,11 @@ def test_vectors_are_those_of_the_plain_model(checkpoints: Checkpoints, pooling:
     np.testing.assert_allclose(together, wanted, atol=1e-6)
     for text, vector in zip(TEXTS, wanted, strict=True):
         np.testing.assert_allclose(embedder.embed([text]), [vector], atol=1e-6)
+
+
+def test_texts_longer_than_the_model_takes_are_refused(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.retriever
+    positions = AutoConfig.from_pretrained(folder).max_position_embeddings
+    load_embedder(RetrieverConfig(folder.name, "mean", positions), str(folder.parent), "cpu").embed(TEXTS)
+    with pytest.raises(RetrieverLoadError, match=rf"max_length = {positions + 1}: it takes at most {positions} tokens"):
+        load_embedder(RetrieverConfig(folder.name, "mean", positions + 1), str(folder.parent), "cpu")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from vllm import SamplingParams
 from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 import engine_patches
 import memlong_vllm
-from engine_patches import vllm_0_32_config
+from engine_patches import vllm_0_32, vllm_0_32_config
+from memlong_vllm.request_settings import RequestSettingsError
 
 
 def config(model: Path, **options: Any) -> Any:
@@ -30,27 +34,57 @@ def test_defaults(model: Path) -> None:
     assert resolved.cache_config.enable_prefix_caching is True
 
 
+MULTIPROCESSING = {"distributed_executor_backend": "mp"}
+# What is refused and what to do instead, as patterns, with what asks for it.
 REFUSED = {
-    "pipeline parallelism": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
-    "LoRA": {"enable_lora": True},
-    "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-    "KV connectors": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-    "kv_cache_dtype 'fp8'": {"kv_cache_dtype": "fp8"},
-    "kv_cache_dtype 'bfloat16' with weights in torch.float32": {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
-    "prompt embeddings": {"enable_prompt_embeds": True},
-    "dual batch overlap": {"enable_dbo": True},
-    "disable-sliding-window": {"disable_sliding_window": True},
-    "another scheduler": {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
-    "another worker class": {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
-    "asynchronous scheduling": {"async_scheduling": True},
-    "skip-tokenizer-init": {"skip_tokenizer_init": True},
+    "pipeline parallelism: use --tensor-parallel-size": {"pipeline_parallel_size": 2} | MULTIPROCESSING,
+    "decode context parallelism: remove": {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
+    | MULTIPROCESSING,
+    "prefill context parallelism: remove": {"prefill_context_parallel_size": 2} | MULTIPROCESSING,
+    "runner 'pooling': use --runner generate": {"runner": "pooling"},
+    "LoRA at run time: merge the adapter when converting": {"enable_lora": True},
+    "speculative decoding: remove": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+    "KV connectors: remove": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "encoder cache connectors: remove": {"ec_transfer_config": {"ec_connector": "ECExample", "ec_role": "ec_both"}},
+    "kv_cache_dtype 'fp8' .*: use 'auto'": {"kv_cache_dtype": "fp8"},
+    "kv_cache_dtype 'bfloat16' with weights in torch.float32: use 'auto'": {
+        "kv_cache_dtype": "bfloat16",
+        "dtype": "float32",
+    },
+    "prompt embeddings.*: remove": {"enable_prompt_embeds": True},
+    "dual batch overlap: remove": {"enable_dbo": True},
+    "--disable-sliding-window: remove": {"disable_sliding_window": True},
+    "another scheduler .*: remove": {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+    "another worker class .*: remove": {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+    "asynchronous scheduling: remove": {"async_scheduling": True},
+    "--skip-tokenizer-init: remove": {"skip_tokenizer_init": True},
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(model: Path, what: str) -> None:
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=f"MemLong does not support {what}"):
         config(model, **REFUSED[what])
+
+
+@pytest.mark.parametrize("name", ["VLLM_BATCH_INVARIANT", "VLLM_USE_BREAKABLE_CUDAGRAPH"])
+def test_refused_variables(model: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"MemLong does not support .*{name}.*: unset"):
+        config(model)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rope_that_rotates_anew_is_refused(checkpoints: Any, tmp_path: Path, rope_type: str) -> None:
+    """Also in a checkpoint that was edited after its conversion."""
+    edited = tmp_path / "edited"
+    shutil.copytree(checkpoints.memlong(), edited)
+    values = json.loads((edited / "config.json").read_text())
+    factors = {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16, "original_max_position_embeddings": 512}
+    values["rope_parameters"] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0} | factors
+    (edited / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="MemLong does not support RoPE scaling of the types"):
+        config(edited)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +170,30 @@ def test_registering_twice_changes_nothing() -> None:
     assert GPUModelRunner.execute_model is patched
 
 
-@pytest.mark.parametrize("settings", [{"tenant_header": "X-Team"}, {"tenant_keys": "keys.json"}])
-def test_tenants_need_the_routes_that_tell_them_apart(
+def test_named_memories_are_for_one_engine(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"memlong\.memory_dir .* --data-parallel-size"):
+        config(model, data_parallel_size=2, additional_config={"memlong": {"memory_dir": str(tmp_path)}})
+    parameters = SamplingParams(extra_args={"memory_read": "book"})
+    vllm_0_32._check_settings(config(model), parameters)
+    with pytest.raises(RequestSettingsError, match="memory_read and memory_write are for servers of one engine"):
+        vllm_0_32._check_settings(config(model, data_parallel_size=2), parameters)
+
+
+@pytest.mark.parametrize("settings", [{"tenant_header": "X Team"}, {"tenant_keys": "none.json"}])
+def test_tenants_that_cannot_be_told_apart_stop_the_start(
     model: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
 ) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "memlong,memlong_endpoints")
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        config(model, additional_config={"memlong": settings})
+
+
+@pytest.mark.parametrize("settings", [{"tenant_header": "X-Team"}, {"tenant_keys": "keys.json"}])
+def test_tenants_need_the_routes_that_tell_them_apart(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("keys.json").write_text(json.dumps({"key": "tenant"}))
     for plugins in (None, "memlong"):
         if plugins is not None:
             monkeypatch.setenv("VLLM_PLUGINS", plugins)

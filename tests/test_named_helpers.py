@@ -109,6 +109,7 @@ def test_in_processes_of_its_own_by_the_command(checkpoints: Any, tmp_path: Path
         return json.loads(result.stdout)
 
     options = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 4, "kv_cache_memory_bytes": 64 << 20}
+    options["additional_config"] = {"memlong": {"bank_gib": 0.1}}  # The folder stays what it is.
     computing = ("--model", str(checkpoints.memlong()), "--options", json.dumps(options))
     made = memory("import", "book", str(tmp_path / "text.txt"), *computing)
     assert made["num_chunks"] > 10

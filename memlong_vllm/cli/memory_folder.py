@@ -88,8 +88,9 @@ class FolderMemories:
             os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # What is printed may be JSON.
             from vllm import LLM
 
-            settings = {"memlong": {"memory_dir": str(self._folder)}}
             # Compiling takes longer than it saves for a few texts.
-            options = {"enforce_eager": True, "trust_remote_code": True, "additional_config": settings} | self._options
-            self._llm = LLM(model=self._model, **options)
+            options = {"enforce_eager": True, "trust_remote_code": True} | self._options
+            additional = options.pop("additional_config", None) or {}
+            memlong = (additional.get("memlong") or {}) | {"memory_dir": str(self._folder)}
+            self._llm = LLM(model=self._model, additional_config=additional | {"memlong": memlong}, **options)
         return self._llm

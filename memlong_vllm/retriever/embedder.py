@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch.utils.mkldnn import to_mkldnn
+from transformers import PreTrainedConfig
 
 from memlong_vllm.config import RetrieverConfig
 
@@ -55,6 +57,8 @@ class FlagEmbedder:
             normalize_embeddings=True,
         )
         model = self._flag.model.to(device).eval()
+        if config.max_length > (longest := _longest_text(model.config)):
+            raise ValueError(f"memlong.retriever.max_length = {config.max_length}: it takes at most {longest} tokens")
         # PyTorch's own float32 products are MKL's, which use half of what AMD's processors have.
         self._model = to_mkldnn(model) if device == "cpu" and torch.backends.mkldnn.is_available() else model
         self._device = device
@@ -69,6 +73,15 @@ class FlagEmbedder:
         hidden = self._model(**inputs, return_dict=True).last_hidden_state
         vectors = self._flag.pooling(hidden, inputs["attention_mask"])
         return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
+
+
+def _longest_text(config: PreTrainedConfig) -> float:
+    """Tokens that an encoder has positions for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return math.inf
+    # RoBERTa's positions begin behind that of its padding.
+    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
 
 
 def _located(model: str, checkpoint: str) -> str:
