@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from memlong_vllm.kernels import few_tokens_cpu, kv_cache_cpu
 from memlong_vllm.kernels.few_tokens_cpu import MAX_TOKENS, attend_rows, attend_windows, suits
+from memlong_vllm.kernels.numba_threads import njit
 from memlong_vllm.memory_attention import attend_with_lse
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -98,13 +100,17 @@ def test_nothing_is_compiled_after_the_start() -> None:
 
 def test_kernels_are_compiled_while_a_model_is_made() -> None:
     """PyTorch's default type is the model's then."""
+    size, rows = 20, torch.zeros(1, 1, 1, 20, dtype=torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        few_tokens_cpu.compile_rows(64, torch.bfloat16)
-        few_tokens_cpu.compile_windows(64, torch.bfloat16)
-        kv_cache_cpu.compile_store(64, torch.bfloat16)
+        few_tokens_cpu.compile_rows(size, torch.bfloat16)
+        few_tokens_cpu.compile_windows(size, torch.bfloat16)
+        kv_cache_cpu.compile_store(size, torch.bfloat16)
     finally:
         torch.set_default_dtype(torch.float32)
+    num_compiled = len(few_tokens_cpu._attend_rows.signatures)
+    attend_rows(rows, rows, rows, torch.ones(1), torch.zeros(1))
+    assert len(few_tokens_cpu._attend_rows.signatures) == num_compiled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -120,6 +126,13 @@ def test_store(size: int, dtype: torch.dtype) -> None:
     for token in (0, 2, 3):
         wanted[slots[token] // 4, :, slots[token] % 4] = rows[token, :, : 2 * size]
     assert torch.equal(cache, wanted)
+
+
+def test_without_a_folder_for_its_cache_a_kernel_works_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    made: dict[str, Any] = {}
+    exec("def double(x): return 2 * x", made)  # A function of no file: Numba finds nowhere to cache it.
+    assert njit()(made["double"])(21) == 42
+    assert "double is compiled at every start" in caplog.text
 
 
 def test_an_odd_head_is_refused() -> None:

@@ -110,7 +110,7 @@ def _float32(shape: Sequence[int]) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.float32)
 
 
-@njit(parallel=True, fastmath=True, cache=True)
+@njit(parallel=True, fastmath=True)
 def _attend_rows(
     query,
     query_strides,
@@ -141,7 +141,7 @@ def _attend_rows(
         _end(state, output[row, heads], lse[row, heads])
 
 
-@njit(parallel=True, fastmath=True, cache=True)
+@njit(parallel=True, fastmath=True)
 def _attend_windows(
     query,
     query_strides,
@@ -181,7 +181,7 @@ def _attend_windows(
         _end(state, output[token, heads], lse[token, heads])
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True)
 def _begin(group, size):
     """Of query heads that have attended to nothing: room for scores, the largest score so far, the
     sum of powers relative to it, and the weighted sum of values."""
@@ -190,7 +190,7 @@ def _begin(group, size):
     return scores, peaks, np.zeros(group, np.float32), np.zeros((group, size), np.float32)
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True)
 def _attend(query, keys, values, starts, strides, count, scale, state, shape):
     """Let query heads attend to ``count`` more tokens, all in the cache at once.
 
@@ -218,7 +218,7 @@ def _attend(query, keys, values, starts, strides, count, scale, state, shape):
         add_weighted(scores, j * _PART, values, starts[2], strides[2], count, sums, j * sums.shape[1], shape)
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True)
 def _end(state, output, lse):
     _, peaks, totals, sums = state
     for j in range(len(peaks)):
@@ -227,7 +227,7 @@ def _end(state, output, lse):
             output[j, e] = sums[j, e] / totals[j]
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True)
 def _exp(x):
     """Of numbers up to 0, to float32's precision; what is below its range becomes 2**-126."""
     exponent = max(x * np.float32(1.4426950408889634), np.float32(-126))

@@ -29,7 +29,7 @@ def compile_store(head_size: int, dtype: torch.dtype) -> None:
 
 
 # Not in parallel: to wake another thread takes longer than to store what decoding sequences add.
-@njit(cache=True)
+@njit()
 def _store(key, key_strides, value, value_strides, kv_cache, cache_strides, slots, num_heads, block_size, size, shape):
     for token in range(len(slots)):
         slot = slots[token]

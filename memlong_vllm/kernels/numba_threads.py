@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +22,25 @@ os.environ.setdefault(
 )
 
 import numba
-from numba import njit, prange
+from numba import prange
 
 __all__ = ["flat", "njit", "prange", "use_threads"]
+
+logger = logging.getLogger(__name__)
+
+
+def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Numba's decorator, with its cache on disk where one can be kept: beside the package or in the
+    user's cache folder."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError as error:
+            logger.warning("%s is compiled at every start: %s. Set NUMBA_CACHE_DIR", function.__name__, error)
+            return numba.njit(**options)(function)
+
+    return decorate
 
 
 def use_threads() -> None:
