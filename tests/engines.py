@@ -143,14 +143,16 @@ class Reference:
 
 
 def assert_parity(output: RequestOutput, reference: Reference, tolerance: float, greedy: bool = True) -> None:
-    """Engine and reference agree on every token; and memory is what makes them agree.
+    """Engine and reference agree on every token, up to the longest answer asked for; and memory is
+    what makes them agree.
 
     Args:
         tolerance: largest difference of log-probabilities.
         greedy: whether the completion must be the reference's argmax.
     """
     prompt_len = len(output.prompt_token_ids)
-    for index in range(len(output.outputs)):
+    for index, completion in enumerate(output.outputs):
+        assert completion.finish_reason == "length", completion.stop_reason
         tokens, measured = logprobs_of(output, index)
         logits = reference.logits(tokens, prompt_len)
         expected = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]]
@@ -165,8 +167,10 @@ def assert_parity(output: RequestOutput, reference: Reference, tolerance: float,
 def assert_answer(
     output: RequestOutput, reference: Reference, tolerance: float, named: Sequence[NamedMemory] = ()
 ) -> None:
-    """The completion's log-probabilities are those of the reference, which shares nothing."""
+    """The completion is as long as asked for, and its log-probabilities are those of the reference,
+    which shares nothing."""
     prompt, completion = list(output.prompt_token_ids), output.outputs[0]
+    assert completion.finish_reason == "length", completion.stop_reason
     answer = list(completion.token_ids)
     logits = reference.logits(prompt + answer, len(prompt), named=named)[len(prompt) - 1 : -1]
     assert answer == logits.argmax(-1).tolist()

@@ -26,6 +26,7 @@ def check_output(output: Any, reference: Any) -> dict[str, Any]:
     """How far a request's log-probabilities are from the reference's, with memory and without."""
     from tests.engines import logprobs_of
 
+    assert output.outputs[0].finish_reason == "length"
     tokens, measured = logprobs_of(output)
     prompt_len = len(output.prompt_token_ids)
     logits = reference.logits(tokens, prompt_len)
@@ -50,6 +51,7 @@ def check_sharing(engine: Any, reference: Any, tokens: list[int]) -> list[dict[s
     for request, named in ((hit, []), (read, [reference.memorize(text)])):
         prompt, completion = outputs[request].prompt_token_ids, outputs[request].outputs[0]
         answer = list(completion.token_ids)
+        assert len(answer) == 20
         entries = zip(completion.logprobs, answer, strict=True)
         measured = torch.tensor([entry[token].logprob for entry, token in entries])
         row = {}

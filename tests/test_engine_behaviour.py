@@ -8,13 +8,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 
 from memlong_vllm.config import RetrieverConfig
 from memlong_vllm.retriever.embedder import FlagEmbedder, RetrieverLoadError
 from tests.checkpoints import MEMORY, SHAPE
-from tests.engines import Engine, Reference, assert_parity
+from tests.engines import Engine, Reference, assert_parity, logprobs_of
+
+# Keys and values of a chunk in float32.
+SLOT_BYTES = MEMORY["chunk_size"] * 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4
 
 
 class FussyEmbedder(FlagEmbedder):
@@ -36,7 +40,7 @@ def test_zero_gates_are_the_sliding_window_backbone(
 ) -> None:
     prompts = [tokens[:300], tokens[400:525]]
     engine: Engine = start_engine(checkpoints.memlong(gates=0.0))
-    ours = [output.outputs[0].token_ids for output in engine.generate(prompts, max_tokens=80)]
+    ours = engine.generate(prompts, max_tokens=80)
     engine.shutdown()
     windowed = tmp_path / "windowed"
     windowed.mkdir()
@@ -49,11 +53,14 @@ def test_zero_gates_are_the_sliding_window_backbone(
     (windowed / "config.json").unlink()
     (windowed / "config.json").write_text(json.dumps(config))
     stock = LLM(str(windowed), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=2048)
-    greedy = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
-    theirs = [o.outputs[0].token_ids for o in stock.generate([{"prompt_token_ids": p} for p in prompts], greedy)]
+    greedy = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    theirs = stock.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
     stock.llm_engine.engine_core.shutdown()
     assert type(stock.llm_engine.engine_core.engine_core.scheduler).__name__ == "Scheduler"
-    assert ours == theirs
+    for output, wanted in zip(ours, theirs, strict=True):
+        (token_ids, measured), (wanted_ids, expected) = logprobs_of(output), logprobs_of(wanted)
+        assert token_ids == wanted_ids
+        torch.testing.assert_close(measured, expected, atol=1e-4, rtol=0)
 
 
 def test_memory_in_use_while_30k_tokens_run(start_engine: Any, checkpoints: Any, tokens: list[int]) -> None:
@@ -83,10 +90,8 @@ def test_memory_in_use_while_30k_tokens_run(start_engine: Any, checkpoints: Any,
 
 def test_bank_too_small_for_all_at_once(start_engine: Any, model: Path, tokens: list[int]) -> None:
     """Requests that do not fit wait for slots; none fails, and results do not change."""
-    slot_bytes = 16 * 2 * 2 * 32 * 4
-    engine: Engine = start_engine(
-        model, max_model_len=512, max_num_seqs=8, memlong={"bank_gib": 60 * slot_bytes / 2**30}
-    )
+    memlong = {"bank_gib": 60 * SLOT_BYTES / 2**30}
+    engine: Engine = start_engine(model, max_model_len=512, max_num_seqs=8, memlong=memlong)
     for i in range(6):
         engine.add(tokens[i * 400 : i * 400 + 300], max_tokens=30)
     used, waited = [], []
@@ -101,6 +106,32 @@ def test_bank_too_small_for_all_at_once(start_engine: Any, model: Path, tokens: 
     assert sum(waited) > 30
     reference = Reference(model)
     for output in outputs:
+        assert_parity(output, reference, 1e-5)
+    engine.assert_empty()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_answers_that_outgrow_the_bank(start_engine: Any, model: Path, tokens: list[int], policy: str) -> None:
+    """All prompts fit at once; their answers do not: the last are preempted and replayed, the first never."""
+    memlong = {"bank_gib": 40 * SLOT_BYTES / 2**30}
+    engine: Engine = start_engine(model, max_model_len=512, memlong=memlong, scheduling_policy=policy)
+    for i in range(4):
+        engine.add(tokens[i * 400 : i * 400 + 100], max_tokens=250)
+    running, preempted = [], set()
+
+    def observe(_: int) -> None:
+        running.append(len(engine.scheduler.running))
+        preempted.update(r.arrival_time for r in engine.scheduler.requests.values() if r.num_preemptions)
+
+    first = min(request.arrival_time for request in engine.scheduler.requests.values())
+    outputs = engine.run(observe)
+    assert max(running) == 4
+    assert engine.scheduler.counters.preemptions > 0
+    assert preempted
+    assert first not in preempted
+    reference = Reference(model)
+    assert len(outputs) == 4
+    for output in outputs.values():
         assert_parity(output, reference, 1e-5)
     engine.assert_empty()
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import MEMORY
 from tests.engines import Engine, Reference, assert_parity
 
 TINY = 1e-5
+CHUNK = MEMORY["chunk_size"]
 
 
 def ragged(tokens: list[int]) -> list[list[int]]:
@@ -79,6 +81,7 @@ def test_forced_preemption(start_engine: Any, model: Any, reference: Reference, 
         engine.add(prompt, max_tokens=60)
     finished = engine.run(preempt)
     assert len(preempted) == 3
+    assert len(finished) == len(ragged(tokens))
     for output in finished.values():
         assert_parity(output, reference, TINY)
     engine.assert_empty()
@@ -129,6 +132,7 @@ def test_preemption_by_pressure(start_engine: Any, model: Any, reference: Refere
 
     finished = engine.run(count)
     assert preemptions > 0
+    assert len(finished) == len(ragged(tokens))
     for output in finished.values():
         assert_parity(output, reference, TINY)
     engine.assert_empty()
@@ -139,6 +143,20 @@ def test_two_completions_of_a_prompt(start_engine: Any, model: Any, reference: R
     outputs = engine.generate([tokens[:333]], n=2, temperature=1.0, max_tokens=60)
     assert outputs[0].outputs[0].token_ids != outputs[0].outputs[1].token_ids
     assert_parity(outputs[0], reference, TINY, greedy=False)
+    engine.assert_empty()
+
+
+def test_special_tokens_have_no_text(start_engine: Any, checkpoints: Any, tokens: list[int]) -> None:
+    """They are left out of chunks and queries; a chunk of nothing else is never retrieved."""
+    model, special = checkpoints.memlong(top_k=32), checkpoints.tokenizer.all_special_ids[0]
+    prompt = tokens[:64] + CHUNK * [special] + tokens[64:250]
+    prompt[5] = prompt[100] = prompt[-3] = special
+    engine: Engine = start_engine(model)
+    (output,) = engine.generate([prompt], max_tokens=40)
+    assert_parity(output, Reference(model), TINY)
+    segments = {line["position"]: line["chunk_ids"] for line in engine.trace() if line["kind"] == "segment"}
+    # All that lie outside the window, but for the fifth.
+    assert segments[256] == [0, 1, 2, 3, *range(5, (256 - MEMORY["local_window"]) // CHUNK + 1)]
     engine.assert_empty()
 
 
@@ -153,10 +171,23 @@ VARIANTS = {
     "forgetting_wide_segments": {"memory_size": 96, "retrieval_stride": 32},
     "bias_and_adapter": {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"},
     "gated_adapter": {"memory_adapter": "linear"},
+    "scaled_logits_bias_adapter": {"fusion": "scaled_logits", "memory_bias": True, "memory_adapter": "linear"},
     "wide_adapter": {"fusion": "joint", "memory_adapter": "linear", "memory_adapter_width": 3},
     "instructed": {"retriever.query_instruction": "Represent this sentence for searching relevant passages: "},
     "memory_layer_not_read": {"memory_layer": 0, "retrieval_layers": [2, 3]},
 }
+
+
+def assert_forgotten_for_good(trace: list[dict[str, Any]]) -> None:
+    """Chunks are forgotten once, when they are complete, and not retrieved any more."""
+    forgotten: dict[str, set[int]] = {}
+    for line in trace:
+        gone = forgotten.setdefault(line["request_id"], set())
+        assert not gone & set(line["chunk_ids"])
+        if line["kind"] == "forget":
+            assert all(0 <= chunk < line["position"] // CHUNK for chunk in line["chunk_ids"])
+            gone |= set(line["chunk_ids"])
+    assert any(forgotten.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -167,7 +198,7 @@ def test_variants(start_engine: Any, checkpoints: Any, tokens: list[int], varian
     for output in engine.generate(ragged(tokens)[:3], max_tokens=40):
         assert_parity(output, reference, TINY)
     if "forgetting" in variant:
-        assert any(line["kind"] == "forget" for line in engine.trace())
+        assert_forgotten_for_good(engine.trace())
     engine.assert_empty()
 
 

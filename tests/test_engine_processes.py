@@ -11,6 +11,12 @@ from typing import Any
 
 import pytest
 
+FUSED = ("joint", "scaled_logits")
+TWO_RANKS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+}
+
 
 def check(model: Path, tmp_path: Path, *arguments: str, environment: dict[str, str] | None = None) -> list[Any]:
     """Run tests/runner_check.py; returns its rows after checking the differences in them."""
@@ -27,7 +33,7 @@ def check(model: Path, tmp_path: Path, *arguments: str, environment: dict[str, s
     return rows
 
 
-@pytest.mark.parametrize("fusion", ["gated", pytest.param("joint", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fusion", ["gated", *(pytest.param(f, marks=pytest.mark.slow) for f in FUSED)])
 def test_v2_runner(checkpoints: Any, tmp_path: Path, fusion: str) -> None:
     """The runner that is the default on GPUs, and the attention kernel that GPUs use, under
     Triton's interpreter; with a preemption. Every step finds the same buffers, with its own plan."""
@@ -37,21 +43,27 @@ def test_v2_runner(checkpoints: Any, tmp_path: Path, fusion: str) -> None:
     assert rows[-1]["launches"] > 3 * 40
 
 
-def test_compiled(checkpoints: Any, tmp_path: Path) -> None:
-    rows = check(checkpoints.memlong(), tmp_path, "--options", json.dumps({"enforce_eager": False}))
+@pytest.mark.parametrize("fusion", ["gated", pytest.param("scaled_logits", marks=pytest.mark.slow)])
+def test_compiled(checkpoints: Any, tmp_path: Path, fusion: str) -> None:
+    options = json.dumps({"enforce_eager": False})
+    rows = check(checkpoints.memlong(fusion=fusion), tmp_path, "--options", options)
     assert rows[-1]["steps"] > 40
     assert rows[-1]["launches"] == 0
 
 
 def test_tensor_parallel(checkpoints: Any, tmp_path: Path) -> None:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     options = json.dumps({"tensor_parallel_size": 2})
-    check(checkpoints.memlong(), tmp_path, "--options", options, environment=environment)
+    check(checkpoints.memlong(), tmp_path, "--options", options, environment=TWO_RANKS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"}])
-def test_tensor_parallel_adapter(checkpoints: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    options = json.dumps({"tensor_parallel_size": 2})
-    check(checkpoints.memlong(**settings), tmp_path, "--options", options, environment=environment)
+def test_tensor_parallel_adapter(checkpoints: Any, tmp_path: Path) -> None:
+    model = checkpoints.memlong(fusion="joint", memory_bias=True, memory_adapter="linear")
+    check(model, tmp_path, "--options", json.dumps({"tensor_parallel_size": 2}), environment=TWO_RANKS)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_with_one_key_value_head(checkpoints: Any, tmp_path: Path) -> None:
+    """Both ranks have a copy of it."""
+    model = checkpoints.memlong(shape={"num_key_value_heads": 1})
+    check(model, tmp_path, "--options", json.dumps({"tensor_parallel_size": 2}), environment=TWO_RANKS)

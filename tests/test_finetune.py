@@ -56,7 +56,7 @@ def test_the_merged_adapter_is_the_model_that_was_validated(
     for with_memory, key in ((True, "nll"), (False, "nll_without_memory")):
         found = -reference.logprobs(list(valid.token_ids[: last + 1]), None, with_memory=with_memory)[first:last].mean()
         assert best["validation"][key] == pytest.approx(float(found), abs=2e-3)  # The file holds bfloat16.
-    assert best["validation"]["nll"] != pytest.approx(best["validation"]["nll_without_memory"], abs=1e-3)
+    assert best["validation"]["nll"] != pytest.approx(best["validation"]["nll_without_memory"], abs=1e-2)
 
 
 def test_loss_falls_and_only_the_upper_half_learns(
@@ -150,7 +150,9 @@ def test_an_output_that_was_deleted_is_written_again(
     output = tmp_path / "a.safetensors"
     first = train(checkpoints.memlong(), output, tokens, cache, steps=2)
     output.unlink()
-    assert train(checkpoints.memlong(), output, tokens, cache, steps=2).tensors.keys() == first.tensors.keys()
+    again = train(checkpoints.memlong(), output, tokens, cache, steps=2)
+    assert again.tensors.keys() == first.tensors.keys()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
 
 
 def test_divergence_is_an_error(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:
@@ -239,12 +241,19 @@ def test_something_must_learn(checkpoints: Checkpoints, tokens: list[int], cache
 def test_in_half_precision_with_accumulation(
     checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "a.safetensors"
+    half, full = tmp_path / "half.safetensors", tmp_path / "full.safetensors"
     AcceleratorState._reset_state()  # A process has one precision.
-    train(checkpoints.memlong(), output, tokens, cache, steps=30, precision="bf16", rows=1, accumulation=2)
+    train(checkpoints.memlong(), half, tokens, cache, steps=30, precision="bf16", rows=1, accumulation=2)
     AcceleratorState._reset_state()
-    losses = [entry["loss"] for entry in log_of(output) if "loss" in entry]
+    train(checkpoints.memlong(), full, tokens, cache, steps=1, rows=1, accumulation=2)
+    losses = [entry["loss"] for entry in log_of(half) if "loss" in entry]
     assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+    # The same tokens, two batches of them.
+    (exact,) = [entry["loss"] for entry in log_of(full) if "loss" in entry]
+    assert losses[0] == pytest.approx(exact, rel=1e-2)
+    assert losses[0] != exact
+    state = torch.load(Path(f"{full}.run") / "state" / "rank0.pt", weights_only=True)
+    assert state["streams"]["places"][0][1] == 2
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])

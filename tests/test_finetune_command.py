@@ -130,3 +130,11 @@ def test_two_processes_train_one_adapter(checkpoints: Checkpoints, texts: Path, 
     state = Path(f"{output}.run") / "state"
     ranks = [torch.load(state / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert ranks[0]["streams"]["places"] != ranks[1]["streams"]["places"]
+    # Two rows of one process read the same and learn the same.
+    alone = tmp_path / "alone.safetensors"
+    command = [sys.executable, *arguments, "--rows", "2", "--output", str(alone)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    together, single = load_adapter(output).tensors, load_adapter(alone).tensors
+    for name, tensor in single.items():
+        torch.testing.assert_close(together[name], tensor, atol=1e-3, rtol=1e-2, msg=name)

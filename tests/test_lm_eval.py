@@ -50,7 +50,8 @@ def run_lm_eval(folder: Path, model: Path, trace: Path) -> list[dict[str, Any]]:
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     (results,) = (folder / "results").rglob("results_*.json")
-    assert 0 <= json.loads(results.read_text())["results"]["memlong_sst2"]["acc,none"] <= 1
+    # Of two samples.
+    assert json.loads(results.read_text())["results"]["memlong_sst2"]["acc,none"] in (0, 0.5, 1)
     (samples,) = (folder / "results").rglob("samples_*.jsonl")
     return [json.loads(line) for line in samples.read_text().splitlines()]
 

@@ -100,18 +100,22 @@ def check(before: State, log: Path, root: Path) -> tuple[State, int]:
     return found, num_untold
 
 
+def wait_for_lines(log: Path, number: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while number and not (log.exists() and log.read_text().count("\n") >= number):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_kills_at_random_moments(nursery: Nursery, tmp_path: Path) -> None:
     clock, state, num_done, num_begun = random.Random(7), State(), 0, 0
     for i in range(NUM_KILLS):
         log = tmp_path / f"log{i}"
         first = 1 + i * 100_000
         pid = nursery.start(root=str(tmp_path / "m"), log=str(log), seed=i, first=first, kill_at=0)
-        if i % 4:
-            deadline = time.monotonic() + WAIT_S
-            while not (log.exists() and log.stat().st_size):
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-        time.sleep(clock.uniform(0, 0.15))
+        # So much is done on any machine; the pause puts the kill anywhere within an operation.
+        wait_for_lines(log, clock.randrange(1, 16) if i % 4 else 0)
+        time.sleep(clock.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         assert nursery.wait() == -signal.SIGKILL
         num_done += log.read_text().count("done") if log.exists() else 0

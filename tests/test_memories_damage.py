@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlong_vllm.memories.errors import MemoryDamagedError
+from memlong_vllm.memories.errors import MemoryDamagedError, UnknownMemoryError
 from memlong_vllm.memories.library import MemoryLibrary
-from tests.memory_files import FORMAT, PLENTY, WAIT_S, append, files_under, opened, read, seeds_in
+from tests.memory_files import FORMAT, PLENTY, WAIT_S, append, files_expected, files_under, opened, read, seeds_in
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,17 @@ def test_files_cut_short_or_gone(root: Path, tmp_path: Path, number: int, kept: 
     if kept is not None:
         file.write_bytes(file.read_bytes()[:kept])
         refused(copy, file)
-    elif file.name != "manifest.json":
-        file.unlink()
+        return
+    file.unlink()
+    if file.name != "manifest.json":
         refused(copy, file)
+        return
+    # Without its manifest there is no memory, and what is left of it goes when the next engine starts.
+    with MemoryLibrary(copy, FORMAT, PLENTY) as library:
+        assert [info.name for info in library.names("default")] == ["whole"]
+        with pytest.raises(UnknownMemoryError, match="'a'"):
+            library.open("default", "a")
+        assert files_under(copy) == files_expected(library, copy)
 
 
 def test_files_exchanged(root: Path, tmp_path: Path) -> None:

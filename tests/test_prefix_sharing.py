@@ -93,22 +93,16 @@ def test_settings_per_request(start_engine: Any, model: Any, checkpoints: Any, t
     engine.assert_empty()
 
 
-@pytest.mark.parametrize("bad", [{"top_k": 3}, {"top_k": 0}, {"memory_size": 1024}, {"memory_size": 100},
-                                 {"memory_sise": 16}, {"memory_size": "16"}, {"memory_read": "../etc"}])  # fmt: skip
-def test_bad_settings_are_refused_before_the_engine(
-    start_engine: Any, model: Any, tokens: list[int], bad: dict[str, Any], request: Any
-) -> None:
-    engine: Engine = request.getfixturevalue("settings_engine")
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        ask(engine, tokens[:50], extra_args=bad)
-    engine.assert_empty()
-
-
-@pytest.fixture(scope="module")
-def settings_engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    engine = Engine(model, trace_file=tmp_path_factory.mktemp("settings") / "trace.jsonl")
-    yield engine
-    engine.shutdown()
+def test_bad_settings_are_refused_before_the_engine(start_engine: Any, model: Any, tokens: list[int]) -> None:
+    engine: Engine = start_engine(model)
+    bad_settings: list[dict[str, Any]] = [
+        *({"top_k": 3}, {"top_k": 0}, {"memory_size": 1024}, {"memory_size": 100}, {"memory_sise": 16}),
+        *({"memory_size": "16"}, {"memory_read": "../etc"}),
+    ]
+    for bad in bad_settings:
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ask(engine, tokens[:50], extra_args=bad)
+        engine.assert_empty()
 
 
 @pytest.mark.parametrize("scope", ["preceding", "current"])
