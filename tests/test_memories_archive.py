@@ -121,28 +121,34 @@ def linked(content: Members, kind: bytes) -> Members:
     return content
 
 
-ATTACKS: dict[str, Callable[[Members], Members]] = {
-    "a path upwards": lambda c: [*c, extra("../../evil")],
-    "an absolute path": lambda c: [*c, extra("/tmp/evil")],
-    "a path upwards first": lambda c: [extra("../evil"), *c],
-    "a folder": lambda c: [*c, extra("sub", tarfile.DIRTYPE)],
-    "a symlink": lambda c: [*c, extra("link", tarfile.SYMTYPE, "/etc")],
-    "a symlink in a file's place": lambda c: linked(c, tarfile.SYMTYPE),
-    "a hard link in a file's place": lambda c: linked(c, tarfile.LNKTYPE),
-    "a device in a file's place": lambda c: linked(c, tarfile.CHRTYPE),
-    "a pipe in a file's place": lambda c: linked(c, tarfile.FIFOTYPE),
-    "a symlink as manifest": lambda c: [extra("manifest.json", tarfile.SYMTYPE, "/etc/passwd"), *c[1:]],
-    "a file twice": lambda c: [*c, c[1]],
-    "two manifests": lambda c: [c[0], *c],
-    "a file of nobody": lambda c: [*c, extra("0" * 32 + ".rank0of1.safetensors")],
-    "a missing file": lambda c: c[:-1],
-    "a path before a file's name": lambda c: [c[0], *((renamed_member(m, "./" + m.name), d) for m, d in c[1:])],
-    "no manifest": lambda c: c[1:],
-    "nothing": lambda c: [],
-    "a longer file": lambda c: [*c[:-1], (c[-1][0], c[-1][1] + b"x")],
-    "a shorter file": lambda c: [*c[:-1], (c[-1][0], c[-1][1][:-1])],
-    "another file": lambda c: [*c[:-1], (c[-1][0], c[-1][1][:-1] + bytes([c[-1][1][-1] ^ 1]))],
-    "files exchanged": lambda c: [c[0], (c[1][0], c[2][1]), (c[2][0], c[1][1]), *c[3:]],
+# What is changed, and what the refusal says.
+UNEXPECTED, NOT_PLAIN = "is not a file of the memory, or there twice", "is not a plain file"
+NO_MANIFEST, OTHER_SIZE, OTHER_CONTENT = "does not begin with 'manifest.json'", "bytes instead of", "checksum differs"
+ATTACKS: dict[str, tuple[str, Callable[[Members], Members]]] = {
+    "a path upwards": (UNEXPECTED, lambda c: [*c, extra("../../evil")]),
+    "an absolute path": (UNEXPECTED, lambda c: [*c, extra("/tmp/evil")]),
+    "a path upwards first": (NO_MANIFEST, lambda c: [extra("../evil"), *c]),
+    "a folder": (NOT_PLAIN, lambda c: [*c, extra("sub", tarfile.DIRTYPE)]),
+    "a symlink": (NOT_PLAIN, lambda c: [*c, extra("link", tarfile.SYMTYPE, "/etc")]),
+    "a symlink in a file's place": (NOT_PLAIN, lambda c: linked(c, tarfile.SYMTYPE)),
+    "a hard link in a file's place": (NOT_PLAIN, lambda c: linked(c, tarfile.LNKTYPE)),
+    "a device in a file's place": (NOT_PLAIN, lambda c: linked(c, tarfile.CHRTYPE)),
+    "a pipe in a file's place": (NOT_PLAIN, lambda c: linked(c, tarfile.FIFOTYPE)),
+    "a symlink as manifest": (NOT_PLAIN, lambda c: [extra("manifest.json", tarfile.SYMTYPE, "/etc/passwd"), *c[1:]]),
+    "a file twice": (UNEXPECTED, lambda c: [*c, c[1]]),
+    "two manifests": (UNEXPECTED, lambda c: [c[0], *c]),
+    "a file of nobody": (UNEXPECTED, lambda c: [*c, extra("0" * 32 + ".rank0of1.safetensors")]),
+    "a missing file": ("is missing", lambda c: c[:-1]),
+    "a path before a file's name": (
+        UNEXPECTED,
+        lambda c: [c[0], *((renamed_member(m, "./" + m.name), d) for m, d in c[1:])],
+    ),
+    "no manifest": (NO_MANIFEST, lambda c: c[1:]),
+    "nothing": (NO_MANIFEST, lambda c: []),
+    "a longer file": (OTHER_SIZE, lambda c: [*c[:-1], (c[-1][0], c[-1][1] + b"x")]),
+    "a shorter file": (OTHER_SIZE, lambda c: [*c[:-1], (c[-1][0], c[-1][1][:-1])]),
+    "another file": (OTHER_CONTENT, lambda c: [*c[:-1], (c[-1][0], c[-1][1][:-1] + bytes([c[-1][1][-1] ^ 1]))]),
+    "files exchanged": ("instead of|checksum", lambda c: [c[0], (c[1][0], c[2][1]), (c[2][0], c[1][1]), *c[3:]]),
 }
 
 
@@ -154,9 +160,10 @@ def renamed_member(member: tarfile.TarInfo, name: str) -> tarfile.TarInfo:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_archives_with_more_or_less_than_a_memory(library: MemoryLibrary, tmp_path: Path, attack: str) -> None:
     library.export_archive("default", "a", tmp_path / "a.tar")
-    pack(tmp_path / "bad.tar", ATTACKS[attack](members(tmp_path / "a.tar")))
+    problem, change = ATTACKS[attack]
+    pack(tmp_path / "bad.tar", change(members(tmp_path / "a.tar")))
     before = files_under(tmp_path)
-    with pytest.raises(MemoryDamagedError, match=r"bad\.tar"):
+    with pytest.raises(MemoryDamagedError, match=rf"bad\.tar: .*({problem})"):
         library.import_archive("default", "b", tmp_path / "bad.tar")
     assert library.flush(WAIT_S)
     assert files_under(tmp_path) == before
@@ -205,16 +212,21 @@ def test_archives_that_are_right_in_themselves_but_not_a_memory(library: MemoryL
     good, found = members(tmp_path / "a.tar"), manifest_of(library, "a")
     bad_embeddings = Chunks((1, 2, 3)).embeddings
     bad_embeddings[0, 0] = float("nan")
+    three = Chunks((1, 2, 3))
     replacements = [
-        (1, b"not safetensors at all"),
-        (1, save({"token_ids": Chunks((1, 2)).token_ids, "embeddings": Chunks((1, 2)).embeddings})),
-        (1, save({"token_ids": -Chunks((1, 2, 3)).token_ids, "embeddings": Chunks((1, 2, 3)).embeddings})),
-        (1, save({"token_ids": Chunks((1, 2, 3)).token_ids, "embeddings": bad_embeddings})),
-        (2, save({"kv": bad_embeddings})),
-        (2, save({"kv": Chunks((1, 2)).kv.numpy()}, metadata={"first_head": "1", "num_heads": "2"})),
-        (2, save({"kv": Chunks((1,)).kv.numpy()}, metadata={"first_head": "0", "num_heads": "2"})),
+        (1, b"not safetensors at all", "header"),
+        (1, save({"token_ids": Chunks((1, 2)).token_ids, "embeddings": Chunks((1, 2)).embeddings}), "holds 2 chunks"),
+        (1, save({"token_ids": -three.token_ids, "embeddings": three.embeddings}), "token id is negative"),
+        (1, save({"token_ids": three.token_ids, "embeddings": bad_embeddings}), "embedding is not finite"),
+        (2, save({"kv": bad_embeddings}), "has the shape"),
+        (2, save({"kv": Chunks((1, 2)).kv.numpy()}, metadata={"first_head": "1", "num_heads": "2"}), "heads beyond"),
+        (
+            2,
+            save({"kv": Chunks((1,)).kv.numpy()}, metadata={"first_head": "0", "num_heads": "2"}),
+            "instead of float32",
+        ),
     ]
-    for i, data in replacements:
+    for i, data, problem in replacements:
         body = json.loads(found.encode())
         entry, digest = body["parts"][0], hashlib.sha256(data).hexdigest()
         if i == 1:
@@ -225,7 +237,7 @@ def test_archives_that_are_right_in_themselves_but_not_a_memory(library: MemoryL
         content[0], content[i] = (good[0][0], with_right_checksum(body)), (good[i][0], data)
         pack(tmp_path / "bad.tar", content)
         for _ in range(2):
-            with pytest.raises(MemoryDamagedError):
+            with pytest.raises(MemoryDamagedError, match=problem):
                 library.import_archive("default", "b", tmp_path / "bad.tar")
     assert library.flush(WAIT_S)
     assert files_under(library._root) == files_expected(library, library._root)
