@@ -6,21 +6,19 @@ On a CPU both are the host's memory: the numbers then show what the other code p
 own, and nothing of what a GPU pays for reading the host's memory.
 
 Each engine lives in a process of its own; they take turns in every repetition, and which goes
-first changes. The demo model gets random gates, so that a wrong key or value would show in the
-greedy answers, which are compared.
+first changes. What the demo model reads from memory it has learned to use, so that a wrong key or
+value would show in the greedy answers, which are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from answers import PreparedEngine, generate, scheduler_of, tokens_of
-from backbones import gated_copy
 from engine_process import EngineProcess
 from example_text import STRIDE
 from result_file import write_result
@@ -82,6 +80,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="MemLong checkpoint; the demo model by default")
     parser.add_argument("--length", type=int, default=2500, help="tokens of a prompt")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=129)
@@ -100,25 +99,19 @@ def main() -> None:
         place: common | {"additional_config": {"memlong": {"bank_gib": arguments.bank_gib, "bank_device": place}}}
         for place in PLACES
     }
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        model = gated_copy(demo_checkpoint(), Path(folder) / "gated")
-        engines = {place: EngineProcess(load, model, settings[place]) for place in PLACES}
-        # The first batch of an engine, which nobody measures, warms it up.
-        for engine in engines.values():
-            engine.ask(start=90_000, length=1300, batch=2, max_tokens=4)
-        for repetition in range(arguments.repetitions):
-            for place in PLACES[:: 1 if repetition % 2 == 0 else -1]:
-                measured = engines[place].ask(
-                    start=10_000 * repetition,
-                    length=arguments.length,
-                    batch=arguments.batch,
-                    max_tokens=arguments.max_tokens,
-                )
-                rows.append({"bank_device": place, "repetition": repetition, **measured})
-                print({key: value for key, value in rows[-1].items() if key != "token_ids"}, flush=True)
-        for engine in engines.values():
-            engine.stop()
+    model, rows = arguments.model or demo_checkpoint(), []
+    engines = {place: EngineProcess(load, model, settings[place]) for place in PLACES}
+    size = {"length": arguments.length, "batch": arguments.batch, "max_tokens": arguments.max_tokens}
+    # The first batch of an engine, which nobody measures, warms it up.
+    for engine in engines.values():
+        engine.ask(start=90_000, **size | {"max_tokens": 4})
+    for repetition in range(arguments.repetitions):
+        for place in PLACES[:: 1 if repetition % 2 == 0 else -1]:
+            measured = engines[place].ask(start=10_000 * repetition, **size)
+            rows.append({"bank_device": place, "repetition": repetition, **measured})
+            print({key: value for key, value in rows[-1].items() if key != "token_ids"}, flush=True)
+    for engine in engines.values():
+        engine.stop()
     write_result(arguments.output, settings, rows, summarise(rows))
 
 

@@ -5,9 +5,8 @@
 Each repetition takes another stretch of the novel as the document and asks its questions one after
 another. Each engine lives in a process of its own; they take turns at every question. Engines:
 ``shared`` (MemLong, prefix caching), ``cold`` (MemLong, ``enable_prefix_caching=False``; it still
-keeps embeddings by text), ``full`` (stock vLLM, same backbone, full attention, prefix caching). The
-demo model gets random gates, so that what is retrieved shows in the log-probabilities. ``--check``
-compares those of ``shared`` with those of ``cold``.
+keeps embeddings by text), ``full`` (stock vLLM, same backbone, full attention, prefix caching).
+``--check`` compares the log-probabilities of ``shared`` with those of ``cold``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from answers import PreparedEngine, generate, observe_embedder, scheduler_of, tokens_of
-from backbones import gated_copy
 from engine_process import EngineProcess
 from result_file import write_result
 
@@ -113,6 +111,7 @@ def summarise(rows: list[dict[str, Any]], checks: list[dict[str, Any]]) -> dict[
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="MemLong checkpoint; the demo model by default")
     parser.add_argument("--length", type=int, default=16_300, help="tokens of the document")
     parser.add_argument("--questions", type=int, default=4, choices=range(2, 5))
     parser.add_argument("--cold-questions", type=int, default=2, help="of them, asked of the cold engine too")
@@ -168,12 +167,12 @@ def measure(
 
 def main() -> None:
     arguments = parse_arguments()
-    checkpoint = demo_checkpoint()
+    checkpoint = arguments.model or demo_checkpoint()
     config = MemLongConfig.from_pretrained(checkpoint)
     settings = engine_settings(arguments, config)
     with tempfile.TemporaryDirectory() as folder:
-        gated = gated_copy(checkpoint, Path(folder) / "gated")
-        models = {"shared": gated, "cold": gated, "full": plain_backbone(checkpoint, Path(folder) / "full")}
+        plain = plain_backbone(checkpoint, Path(folder) / "full")
+        models = {"shared": checkpoint, "cold": checkpoint, "full": plain}
         engines = {name: EngineProcess(load, models[name], settings[name]) for name in ENGINES}
         rows, checks = measure(engines, arguments, config.memory.chunk_size)
         for engine in engines.values():

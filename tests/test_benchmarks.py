@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from memlong_vllm.evaluation.scoring import EvaluationError
+from tests.checkpoints import NOVEL
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -40,7 +41,7 @@ def run(script: str, output: Path, *words: Any) -> dict[str, Any]:
     command = [sys.executable, str(BENCHMARKS / script), *map(str, words), "--output", str(output)]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return read_results(output)
+    return json.loads(output.read_text())
 
 
 def by_cell(content: dict[str, Any]) -> dict[tuple[str, str, int, int], dict[str, Any]]:
@@ -325,6 +326,49 @@ def test_throughput_runs(model: Path, tmp_path: Path) -> None:
     assert rows["memlong", "document", 320, 2]["known_prompt_percent"] > 50
     assert set(content["engines"]) == set(engines)
     assert "MemLong / window" in write_report([tmp_path / "throughput.json"], tmp_path / "report.md")[0].read_text()
+
+
+@pytest.mark.slow
+def test_the_bank_in_either_place_answers_alike(model: Path, tmp_path: Path) -> None:
+    words = ["--model", model, "--length", 400, "--batch", 2, "--max-tokens", 20, "--repetitions", 1]
+    summary = run("bank_device.py", tmp_path / "bank_device.json", *words)["summary"]
+    assert summary["equal_answers"] == summary["answers"] == 2
+    assert summary["prefill_tokens_per_s, cpu"]["median"] > 0
+    assert all(number > 0 for number in summary["working_set_gathers"].values())
+
+
+@pytest.mark.slow
+def test_a_shared_prefix_is_compared_with_a_cold_engine(model: Path, tmp_path: Path) -> None:
+    words = ["--model", model, "--length", 640, "--questions", 2, "--max-tokens", 4, "--repetitions", 1]
+    summary = run("prefix_sharing.py", tmp_path / "prefix_sharing.json", *words, "--check")["summary"]
+    assert summary["check"]["answers"] == 2
+    assert summary["check"]["of_hits"] == 1  # The first question computes the document.
+    assert summary["check"]["max_difference"] < 1e-3
+    assert summary["table"]["shared, later questions"]["most_embedded_document_chunks"] == 0
+    assert summary["table"]["full, later questions"]["first_token_s"] > 0
+
+
+@pytest.mark.slow
+def test_queries_of_a_length_are_ranked_among_a_novels_chunks(tmp_path: Path) -> None:
+    words = ["--texts", NOVEL, "--lengths", 256, 2048, "--queries", 16, 64, "--trials", 2]
+    summary = run("query_length.py", tmp_path / "query_length.json", *words)["summary"]
+    assert {(cell["length"], cell["query_tokens"], cell["of"]) for cell in summary} == {
+        (length, query, 2) for length in (256, 2048) for query in (16, 64)
+    }
+    found = {(cell["kind"], cell["length"], cell["query_tokens"]): cell["found"] for cell in summary}
+    # Eight are taken, of four chunks and the needle's.
+    assert all(share == 1.0 for (_, length, _), share in found.items() if length == 256)
+
+
+@pytest.mark.slow
+def test_an_index_of_clusters_is_measured_against_the_exact_one(tmp_path: Path) -> None:
+    words = ["--chunks", 600, "--real", 200, "--queries", 5, "--factories", "Flat", "IVF4,Flat"]
+    words += ["--nprobe", 1, 4, "--repetitions", 1]
+    flat, clusters = run("corpus_index.py", tmp_path / "corpus_index.json", *words)["indexes"]
+    assert flat["is_exact"]
+    assert flat["settings"][0]["recall_at_8"] == 1.0
+    some, every = (row["recall_at_8"] for row in clusters["settings"])
+    assert some <= every == 1.0  # With all clusters searched.
 
 
 @pytest.mark.slow
