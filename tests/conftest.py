@@ -23,6 +23,13 @@ from memlong_vllm.cli.main import main
 from tests.checkpoints import Checkpoints, novel
 from tests.engines import Engine, Reference
 
+# Few tests, minutes each: begun first, so that no worker is left alone with them.
+LONGEST = ("test_engine_processes", "test_demo_model", "test_memory_http", "test_server", "test_benchmarks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:

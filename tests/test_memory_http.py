@@ -36,10 +36,10 @@ WRITTEN, ASKED = novel()[40_000:41_500], novel()[90_000:90_400]
 
 
 class Stage:
-    """One memory folder and the server that has it now.
+    """One memory folder and the server that has it now. Alice has the memory "book".
 
     Attributes:
-        with_memory: log-probabilities of the answer that reads the memory "book".
+        without, with_memory: log-probabilities of the answer without and with that memory.
         archive: of that memory.
     """
 
@@ -47,9 +47,19 @@ class Stage:
         self._model, self._folder = model, folder
         self._server: Server | None = None
         self._settings: dict[str, Any] | None = None
+        (folder / "keys.json").write_text(json.dumps(KEYS))
+        self.without: list[float] = []
         self.with_memory: list[float] = []
         self.archive = b""
-        (folder / "keys.json").write_text(json.dumps(KEYS))
+
+    def write_book(self) -> None:
+        server = self.with_own_salts()
+        self.without = logprobs(server, ASKED, cache_salt=ALICE)
+        logprobs(server, WRITTEN, cache_salt=ALICE, memory_write="book")
+        written(server, "book", **salt(ALICE))
+        self.with_memory = logprobs(server, ASKED, cache_salt=ALICE, memory_read=["book"])
+        answer = server.http.get(f"{MEMORIES}/book/archive", headers=salt(ALICE))
+        self.archive = answer.raise_for_status().content
 
     def server(self, **settings: Any) -> Server:
         """A server with these tenants; the one before, if it had others, is stopped."""
@@ -83,6 +93,7 @@ class Stage:
 def stage(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     running = Stage(checkpoints.memlong(), tmp_path_factory.mktemp("http"))
     try:
+        running.write_book()
         yield running
     finally:
         running.stop()
@@ -135,19 +146,16 @@ def salt(value: str) -> dict[str, str]:
 
 def test_what_one_request_writes_another_reads(stage: Stage) -> None:
     server = stage.with_own_salts()
-    without = logprobs(server, ASKED, cache_salt=ALICE)
-    logprobs(server, WRITTEN, cache_salt=ALICE, memory_write="book")
     shown = written(server, "book", **salt(ALICE))
     assert shown["num_chunks"] > 10
     assert shown["num_tokens"] == CHUNK * shown["num_chunks"]
-    stage.with_memory = logprobs(server, ASKED, cache_salt=ALICE, memory_read=["book"])
-    assert stage.with_memory != pytest.approx(without, abs=100 * TOLERANCE)
+    assert stage.with_memory != pytest.approx(stage.without, abs=100 * TOLERANCE)
     again = logprobs(server, ASKED, cache_salt=ALICE, memory_read="book")
     assert again == pytest.approx(stage.with_memory, abs=TOLERANCE)
-    assert logprobs(server, ASKED, cache_salt=ALICE) == pytest.approx(without, abs=TOLERANCE)
+    assert logprobs(server, ASKED, cache_salt=ALICE) == pytest.approx(stage.without, abs=TOLERANCE)
 
 
-def test_another_request_appends(stage: Stage) -> None:
+def test_another_request_appends_and_a_deleted_memory_is_gone(stage: Stage) -> None:
     server = stage.with_own_salts()
     logprobs(server, WRITTEN, memory_write="own")
     before = written(server, "own")
@@ -157,21 +165,17 @@ def test_another_request_appends(stage: Stage) -> None:
     assert after["num_chunks"] > before["num_chunks"]
     assert names(server) == ["own"]
     assert names(server, **salt(ALICE)) == ["book"]
+    assert server.http.delete(f"{MEMORIES}/own").json() == {"name": "own", "deleted": True}
+    assert names(server) == []
+    assert post(server, ASKED, memory_read=["own"]).status_code == 404
 
 
-def test_a_copy_answers_the_same_under_another_name_and_tenant(stage: Stage) -> None:
+def test_a_copy_answers_the_same_under_another_name_tenant_and_index(stage: Stage) -> None:
     server = stage.with_own_salts()
-    answer = server.http.get(f"{MEMORIES}/book/archive", headers=salt(ALICE))
-    assert answer.status_code == 200
-    stage.archive = answer.content
     made = server.http.put(f"{MEMORIES}/copy", content=stage.archive, headers=salt("carol"))
     assert made.status_code == 201, made.text
     copied = logprobs(server, ASKED, cache_salt="carol", memory_read="copy")
     assert copied == pytest.approx(stage.with_memory, abs=TOLERANCE)
-
-
-def test_an_index_may_be_chosen(stage: Stage) -> None:
-    server = stage.with_own_salts()
     answer = server.http.post(f"{MEMORIES}/copy/index", json={"factory": "HNSW16"}, headers=salt("carol"))
     assert answer.json()["index"] == {"factory": "HNSW16", "parameters": {}}
     found = logprobs(server, ASKED, cache_salt="carol", memory_read="copy")
@@ -225,13 +229,6 @@ def test_quotas(stage: Stage) -> None:
     assert post(server, ASKED).status_code == 200
 
 
-def test_a_deleted_memory_is_gone(stage: Stage) -> None:
-    server = stage.with_own_salts()
-    assert server.http.delete(f"{MEMORIES}/own").json() == {"name": "own", "deleted": True}
-    assert names(server) == []
-    assert post(server, ASKED, memory_read=["own"]).status_code == 404
-
-
 def test_a_text_is_imported_by_the_command(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +248,8 @@ def test_a_text_is_imported_by_the_command(
 
 def test_metrics(stage: Stage) -> None:
     server = stage.with_own_salts()
+    logprobs(server, WRITTEN, cache_salt="gina", memory_write="counted")
+    written(server, "counted", **salt("gina"))
     assert set(server.stats()) <= {*COUNTERS, *GAUGES}
     text = server.http.get("/memlong/metrics").raise_for_status().text
     numbers = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -284,6 +283,7 @@ def test_a_key_reaches_its_tenants_memories_and_no_others(stage: Stage) -> None:
     made = server.http.put(f"{MEMORIES}/mine", content=stage.archive, headers=AS_BOB)
     assert made.status_code == 201
     assert logprobs(server, ASKED, AS_BOB, memory_read=["mine"]) == pytest.approx(stage.with_memory, abs=TOLERANCE)
+    assert server.http.delete(f"{MEMORIES}/mine", headers=AS_BOB).status_code == 200
 
 
 def test_chat_and_streams_have_their_tenant_too(stage: Stage) -> None:

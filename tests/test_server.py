@@ -33,9 +33,11 @@ class Server:
     """
 
     def __init__(self, model: Path, log: Path, *arguments: str, memlong: dict[str, Any] | None = None) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        # Kept, so that nobody else is given the port; vLLM's server binds it as well.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._port.getsockname()[1]}"
         command = [str(Path(sys.executable).parent / "vllm"), "serve", *arguments, "--trust-remote-code", *OPTIONS]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
         command += ["--additional-config", json.dumps({"memlong": {"bank_gib": 0.1} | (memlong or {})})]
@@ -72,6 +74,7 @@ class Server:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
+        self._port.close()
 
 
 @pytest.fixture(scope="module")
