@@ -113,7 +113,7 @@ def recipe_digest(adapter: Path | None) -> str:
     """Names what the checkpoint is made of: packages, settings, adapter, and the code that makes
     it or is copied into it."""
     package = Path(str(files("memlong_vllm")))
-    sources = [package / "demo_model.py", package / "cli" / "convert.py", *(package / "reference").glob("*.py")]
+    sources = [package / "demo_model.py", package / "conversion.py", *(package / "reference").glob("*.py")]
     if adapter is not None:
         sources += [adapter, package / "adapters" / "merge.py"]
     recipe = {
@@ -136,7 +136,7 @@ def build(folder: Path, adapter: Path | None) -> Path:
     checkpoint = folder / "checkpoint"
     with contextlib.redirect_stderr(io.StringIO()):  # Progress bars; errors are raised.
         from memlong_vllm.adapters import AdapterError, load_adapter
-        from memlong_vllm.cli.convert import ConversionError, convert
+        from memlong_vllm.conversion import ConversionError, convert
 
         try:
             learned = None if adapter is None else load_adapter(adapter)

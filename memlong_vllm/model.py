@@ -262,7 +262,7 @@ class MemLongForCausalLM(LlamaForCausalLM):
         return MemLongModelState
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint of :mod:`memlong_vllm.cli.convert`, padding heads where needed.
+        """Load a checkpoint of :mod:`memlong_vllm.conversion`, padding heads where needed.
 
         Later calls may bring any part of the weights. Decoding sequences then read their retrieved
         chunks anew, as adapted by these weights; what is stored stays what it was.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from memlong_vllm.cli.convert import convert
+from memlong_vllm.conversion import convert
 from memlong_vllm.demo_model import demo_checkpoint
 
 NOVEL = Path(__file__).parent.parent / "examples" / "data" / "doyle_lost_world.txt"

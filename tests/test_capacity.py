@@ -30,9 +30,9 @@ from memlong_vllm.capacity import (
     weight_bytes,
     window_spec,
 )
-from memlong_vllm.cli.convert import preset
 from memlong_vllm.cli.plan import SHAPES
 from memlong_vllm.config import GIB, MemLongConfig, MemoryConfig, max_named_slots, max_sequence_slots
+from memlong_vllm.conversion import preset
 from memlong_vllm.model import MemLongForCausalLM
 from tests.checkpoints import Checkpoints
 from tests.engines import Engine

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from memlong_vllm.cli.convert import ConversionError, convert, memlong_config, parse_setting, preset
+from memlong_vllm.cli.convert import parse_setting
 from memlong_vllm.config import MemLongConfig, MemoryConfig, MemoryConfigError
+from memlong_vllm.conversion import ConversionError, convert, memlong_config, preset
 from tests.checkpoints import MEMORY
 
 SHAPES = {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from memlong_vllm.adapters import Adapter, AdapterError, LoraSettings, backbone_identity, load_adapter, save_adapter
 from memlong_vllm.adapters.peft_format import write_peft
 from memlong_vllm.cli import main
-from memlong_vllm.cli.convert import ConversionError, adapted_block, convert
 from memlong_vllm.config import MemoryConfig, MemoryConfigError
+from memlong_vllm.conversion import ConversionError, adapted_block, convert
 from tests.checkpoints import MEMORY, SHAPE, Checkpoints
 from tests.engines import Engine, Reference, assert_parity
 
@@ -151,6 +154,18 @@ def test_a_fresh_checkpoint_is_as_good_as_its_base(checkpoints: Checkpoints, ada
         convert(fresh, tmp_path / "out")
 
 
+def test_the_retriever_within_a_base_comes_along(checkpoints: Checkpoints, adapter: Adapter, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints.memlong(gates=0.0), base)
+    values = json.loads((base / "config.json").read_text())
+    values["memlong"]["retriever"]["model"] = "inside/retriever"
+    (base / "config.json").write_text(json.dumps(values))
+    shutil.copytree(checkpoints.retriever, base / "inside" / "retriever", copy_function=os.link)
+    convert(base, tmp_path / "made", adapter=replace(adapter, memlong=values["memlong"]), force=True)
+    made = {path.name for path in (tmp_path / "made" / "inside" / "retriever").iterdir()}
+    assert made == {path.name for path in checkpoints.retriever.iterdir()}
+
+
 def test_a_second_adapter(checkpoints: Checkpoints, adapter: Adapter, tmp_path: Path) -> None:
     """As the authors' second stage: trained on the base with the first adapter merged."""
     convert(checkpoints.base(), tmp_path / "first", adapter=adapter)
@@ -179,7 +194,7 @@ def test_convert_command(
     assert f"adapter {adapter.digest()[:12]} is merged (1 LoRA pairs, 3 whole parameters)" in printed
     assert "gates are zero" not in printed
     assert command(monkeypatch, "convert", checkpoints.base(), tmp_path / "out", "--adapter", tmp_path / "none") == 2
-    assert "no such file or folder" in capsys.readouterr().out
+    assert "no such file or folder" in capsys.readouterr().err
 
 
 def test_what_is_said_of_untrained_parts(

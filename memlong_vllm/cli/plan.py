@@ -15,9 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from memlong_vllm.capacity import Capacity, CapacityError, Setup, num_parameters, padded_head_dim, plan
-from memlong_vllm.cli.convert import ConversionError, apply_settings, memlong_config, parse_setting, preset
+from memlong_vllm.cli.convert import parse_setting
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import GIB, MemLongConfig, MemoryConfigError
+from memlong_vllm.conversion import ConversionError, apply_settings, memlong_config, preset
 
 MIB = 1 << 20
 # Shapes of backbones that need not be here.

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from memlong_vllm.cli.convert import ConversionError, is_memlong, load_base, memlong_config
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import MemoryConfigError
+from memlong_vllm.conversion import ConversionError, is_memlong, load_base, memlong_config
 from memlong_vllm.demo.prompts import NOVEL
 from memlong_vllm.probe.experiment import ProbeResult, ProbeSettings, run_probe
 from memlong_vllm.probe.plot import can_plot, plot

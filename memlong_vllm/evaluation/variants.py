@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memlong_vllm.cli.convert import TRAINED_WITH
 from memlong_vllm.config import MemoryConfig, MemoryConfigError
+from memlong_vllm.conversion import TRAINED_WITH
 from memlong_vllm.evaluation.models import ModelSpec, check_same_tokens, read_config
 from memlong_vllm.evaluation.scoring import EvaluationError
 from memlong_vllm.evaluation.varied_checkpoint import layers_with_trained_gates

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from memlong_vllm.cli.convert import fresh_value
+from memlong_vllm.conversion import fresh_value
 
 MEMORY_PARAMETER = re.compile(r"model\.layers\.(\d+)\.self_attn\.(memory_\w+)")
 INDEX = "model.safetensors.index.json"

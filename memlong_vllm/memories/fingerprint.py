@@ -87,7 +87,8 @@ def _local_folder(checkpoint: str | Path) -> Path:
         return Path(snapshot_download(str(checkpoint), local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = "neither a folder nor a model that the hub's cache holds"
-        raise FingerprintError(f"named memories need the checkpoint's files: {checkpoint} is {reason}") from error
+        wanted = "the checkpoint's files must be here, to tell weights apart"
+        raise FingerprintError(f"{wanted}: {checkpoint} is {reason}") from error
 
 
 def _settings(folder: Path, memory_layer: int, local_window: int | None) -> dict[str, object]:
@@ -131,7 +132,7 @@ def _tensors(folder: Path) -> Iterator[_Tensor]:
         else:
             files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise FingerprintError(f"named memories need the checkpoint's safetensors: {folder} has none")
+            raise FingerprintError(f"its safetensors must be here, to tell weights apart: {folder} has none")
         for file in files:
             yield from _header(file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
