@@ -14,7 +14,8 @@ import torch
 
 from memlong_vllm.cli import convert as convert_command
 from memlong_vllm.cli import probe as probe_command
-from memlong_vllm.cli.convert import parse_setting, preset
+from memlong_vllm.cli.convert import parse_setting
+from memlong_vllm.conversion import preset
 from memlong_vllm.probe.measures import LayerMeasures, Samples
 from memlong_vllm.probe.proposal import candidate_layers, propose, propose_by_worth
 from memlong_vllm.probe.readers import Choice, ReaderMeasures, spread_layers
@@ -86,7 +87,7 @@ def test_trials_are_repeatable_and_differ(checkpoints: Checkpoints, trials: list
         (Geometry(64, 32, 6, 96), "exceeds --window 64: raise it"),
         (Geometry(128, 32, 6, 64), "leave no room for a fact"),
         (Geometry(192, 16, 12, 64), "more than --chunk-size 16: raise it"),
-        (Geometry(16384, 32, 512, 64), "--trials asks for 3: give more --texts"),
+        (Geometry(16384, 32, 512, 64), "--trials and --fit-passages ask for 3: give more --texts"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(checkpoints: Checkpoints, geometry: Geometry, message: str) -> None:

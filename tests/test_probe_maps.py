@@ -41,6 +41,9 @@ def test_maps_and_their_r_squared(backbone: Backbone, tokens: list[int], width: 
     assert reader.key_r_squared == pytest.approx(float(r_squared[0]), abs=1e-4)
     assert reader.value_r_squared == pytest.approx(float(r_squared[1]), abs=1e-4)
     assert (r_squared > 0.5).all()
+    half = reader.apply(Memory(*(read[MEMORY_LAYER].raw_keys.bfloat16(), read[MEMORY_LAYER].values.bfloat16())))
+    assert half.keys.dtype == half.values.dtype == torch.bfloat16
+    assert torch.allclose(half.keys.float(), stored.keys, atol=0.05 * float(stored.keys.abs().max()))
 
 
 def test_the_sums_are_as_large_as_said(backbone: Backbone) -> None:

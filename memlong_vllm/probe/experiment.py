@@ -54,6 +54,8 @@ class ProbeSettings:
             if getattr(self, name) < minimum:
                 option = "--" + name.replace("_", "-")
                 raise ProbeError(f"{option} {getattr(self, name)}: must be at least {minimum}")
+        if not self.ridge >= 0:
+            raise ProbeError(f"--ridge {self.ridge}: must be 0 or more")
         if not 1 <= self.adapter_width <= self.chunk_size:
             raise ProbeError(f"--adapter-width {self.adapter_width}: must be from 1 to --chunk-size {self.chunk_size}")
         if self.reads_maps and self.fit_passages < UNSEEN_SHARE:
@@ -112,9 +114,10 @@ def run_probe(model: Any, tokenizer: Any, texts: Sequence[str], settings: ProbeS
     geometry, passages = prepare_texts(tokenizer, texts, settings)
     fitted = passages[settings.trials :]
     kept = 2 * (geometry.memory_tokens + geometry.window) * backbone.num_kv_heads * backbone.head_dim * FLOAT32_BYTES
+    num_facts = geometry.num_facts(settings.facts)
     say(
-        f"{settings.trials} trials of {geometry.context_tokens} tokens and {settings.facts} questions; keeping "
-        f"{kept * backbone.num_layers * settings.trials / GIB:.1f} GiB of keys and values"
+        f"{settings.trials} trials of {geometry.context_tokens} tokens and {num_facts} questions; "
+        f"keeping {kept * backbone.num_layers * settings.trials / GIB:.1f} GiB of keys and values"
     )
     trials = [
         PreparedTrial(backbone, trial, geometry, facts_distract=settings.facts_distract)

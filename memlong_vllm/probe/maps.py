@@ -33,11 +33,12 @@ class ReaderMap:
     value_r_squared: float
 
     def apply(self, stored: Memory) -> Memory:
-        both = torch.cat([_rows(stored.keys), _rows(stored.values)], dim=-1)
+        both = torch.cat([_rows(stored.keys), _rows(stored.values)], dim=-1).to(self.keys.dtype)
         both = adapter_input(both, self.keys.shape[1] // both.shape[1], self.chunk_size)
         heads = stored.keys.shape[0]
         keys, values = ((both @ w.T).unflatten(-1, (heads, -1)).transpose(0, 1) for w in (self.keys, self.values))
-        return Memory(keys.contiguous(), values.contiguous())
+        dtype = stored.keys.dtype
+        return Memory(keys.contiguous().to(dtype), values.contiguous().to(dtype))
 
 
 def _rows(states: Tensor) -> Tensor:

@@ -124,10 +124,11 @@ def to_markdown(result: ProbeResult, model: str) -> str:
     lines = [
         f"# Layers of {model} that copy from memory",
         "",
-        f"{settings.trials} passages of {geometry.context_tokens} tokens with {settings.facts} questions each; window "
-        f"{geometry.window}; of {geometry.num_chunks} chunks of {geometry.chunk_size} tokens a question "
-        f"reads {memory}. Log-probability: of the answer's digits among numbers, nats a digit, ± standard error "
-        f"over passages; a guess has {GUESS:.2f}. Accuracy: the answer's tokens that are the most probable numbers.",
+        f"{settings.trials} passages of {geometry.context_tokens} tokens with {geometry.num_facts(settings.facts)} "
+        f"questions each; window {geometry.window}; of {geometry.num_chunks} chunks of {geometry.chunk_size} tokens "
+        f"a question reads {memory}. Log-probability: of the answer's digits among numbers, nats a digit, ± standard "
+        f"error over passages; a guess has {GUESS:.2f}. Accuracy: the answer's tokens that are the most probable "
+        "numbers.",
         "",
         "## Layers reading their own memory",
         "",

@@ -57,6 +57,10 @@ class Geometry:
         hidden = max(0, self.memory_tokens + self.stride - self.window)
         return range(-(-hidden // self.chunk_size), self.num_chunks - overlap)
 
+    def num_facts(self, most: int) -> int:
+        """Facts of a passage, at most one a chunk."""
+        return min(most, len(self.fact_chunks))
+
     def check(self) -> None:
         """Raises:
         ProbeError: naming the option, if no fact fits.
@@ -155,7 +159,7 @@ def build_trial(
     num_facts: int,
 ) -> Trial:
     """A trial whose passage is cut from ``prose`` (at least ``context_tokens`` token ids)."""
-    chunks = sorted(rng.sample(geometry.fact_chunks, min(num_facts, len(geometry.fact_chunks))))
+    chunks = sorted(rng.sample(geometry.fact_chunks, geometry.num_facts(num_facts)))
     names = random_names(rng, len(chunks))
     answers = [str(rng.randrange(10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS)) for _ in chunks]
     facts = dict(zip(chunks, zip(names, answers, strict=True), strict=True))
@@ -185,8 +189,8 @@ def build_trials(
     pieces = cut_pieces(tokenizer, texts, geometry.context_tokens)
     if len(pieces) < num_trials:
         raise ProbeError(
-            f"the texts give {len(pieces)} passages of {geometry.context_tokens} tokens, --trials asks for "
-            f"{num_trials}: give more --texts or fewer --trials"
+            f"the texts give {len(pieces)} passages of {geometry.context_tokens} tokens, --trials and --fit-passages "
+            f"ask for {num_trials}: give more --texts, or less of these"
         )
     rng, numbers = random.Random(seed), number_tokens(tokenizer)
     chosen = [pieces[i * len(pieces) // num_trials] for i in range(num_trials)]
