@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 from memlong_vllm.adapters.adapter_file import load_adapter
-from memlong_vllm.cli.convert import convert
+from memlong_vllm.conversion import convert
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
+from memlong_vllm.reference.retrieval import SequenceMemory
 from memlong_vllm.training.documents import TextsError
-from memlong_vllm.training.features import FrozenHalf
-from memlong_vllm.training.finetune import FinetuneJob
+from memlong_vllm.training.features import FrozenHalf, least_tokens
+from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.run_state import ResumeError, RunFolder
 from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
 from memlong_vllm.training.trainable import SettingsError, TrainedParts, select_trained
@@ -145,14 +147,42 @@ def test_a_run_that_goes_on_keeps_what_was_better(
 
 
 def test_an_output_that_was_deleted_is_written_again(
-    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The best, not the last."""
     output = tmp_path / "a.safetensors"
-    first = train(checkpoints.memlong(), output, tokens, cache, steps=2)
+    best = train(checkpoints.memlong(), output, tokens, cache, steps=2)
+    monkeypatch.setattr(Trainer, "validate", lambda trainer: Validation(99.0, None, 1))
+    train(checkpoints.memlong(), output, tokens, cache, steps=4)
     output.unlink()
-    again = train(checkpoints.memlong(), output, tokens, cache, steps=2)
-    assert again.tensors.keys() == first.tensors.keys()
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
+    again = train(checkpoints.memlong(), output, tokens, cache, steps=4)
+    assert again.digest() == best.digest()
+    assert again.training["step"] == 2
+
+
+@pytest.mark.parametrize(("window", "stride"), [(64, 16), (64, 32), (48, 48)])
+def test_how_long_a_text_must_be(checkpoints: Checkpoints, tokens: list[int], window: int, stride: int) -> None:
+    """Exactly as long as the reference needs to retrieve something."""
+    memory = MemLongForCausalLM.config_class.from_pretrained(checkpoints.memlong()).memory
+    memory = replace(memory, local_window=window, retrieval_stride=stride, query_tokens=16)
+    least = least_tokens(memory)
+    spans = SequenceMemory(memory, lambda ids: torch.ones(4)).extend(tokens[:least])
+    assert [(span.start, span.end) for span in spans] == [(least - stride, least)]
+
+
+def test_features_that_are_not_kept_are_the_same(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"steps": 6, "calibrate_tokens": 2048, "bias_start": -0.5}
+    folder = checkpoints.memlong(gates=0.0, **JOINT)
+    kept = train(folder, tmp_path / "kept.safetensors", tokens, cache, **options)
+    empty, made_of, run_lower = tmp_path / "cache", [], FrozenHalf._run_lower
+    monkeypatch.setattr(FrozenHalf, "_run_lower", lambda half, ids: made_of.append(len(ids)) or run_lower(half, ids))
+    made = train(folder, tmp_path / "made.safetensors", tokens, empty, keep_features=False, **options)
+    assert not empty.exists()
+    # To calibrate, to validate, and when one of the three texts, of 6, 5 and 4 segments, is taken by one of two rows.
+    assert len(made_of) == 3 + 1 + 3
+    assert all(torch.equal(made.tensors[name], tensor) for name, tensor in kept.tensors.items())
 
 
 def test_divergence_is_an_error(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:
@@ -173,6 +203,13 @@ def test_what_an_interruption_left_half_done(tmp_path: Path) -> None:
     folder.open({"a": 1}, restart=False)
     assert folder.has_state
     assert folder.lowest_validation() == 2.5
+    leftover = folder.folder / "state.previous" / "shared.pt"
+    leftover.parent.mkdir()
+    leftover.touch()
+    folder.open({"a": 1}, restart=False)  # It was being removed.
+    folder.save({"step": 2}, {}, 0, lambda: None)
+    assert folder.load(0) == ({"step": 2}, {})
+    assert not leftover.parent.exists()
 
 
 def test_a_memory_layer_that_does_not_read_is_frozen(checkpoints: Checkpoints) -> None:
@@ -215,8 +252,11 @@ def test_training_needs_texts_that_retrieve(
     checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
 ) -> None:
     model = checkpoints.memlong(local_window=512)
-    with pytest.raises(TextsError, match=r"long enough to retrieve anything: the longest has 400 tokens"):
+    with pytest.raises(TextsError, match=r"long enough to retrieve anything: the longest has 384 tokens, and 528 "):
         train(model, tmp_path / "a.safetensors", tokens, cache, steps=1)
+    for size in (0, 48):
+        with pytest.raises(TextsError, match=rf"memory_size \({size}\) holds nothing that the window does not: .* 64"):
+            train(checkpoints.memlong(memory_size=size), tmp_path / "a.safetensors", tokens, cache, steps=1)
 
 
 def test_a_cache_must_fit_on_its_disk(
@@ -328,6 +368,7 @@ def test_features_are_computed_once(
         ({"parts": {"dropout": 1.0}}, "lora_dropout = 1.0"),
         ({"memory_learning_rate": 0.0}, "memory_learning_rate = 0.0"),
         ({"adapter_learning_rate": 0.0}, "adapter_learning_rate = 0.0"),
+        ({"steps": 40}, r"warmup_steps = 50: must not exceed steps \(40\)"),
     ],
 )
 def test_bad_settings_are_named(values: dict, message: str) -> None:
@@ -350,6 +391,6 @@ def test_learning_rates() -> None:
 
 
 def test_overrides_reach_the_parts() -> None:
-    settings = with_overrides(PRESETS["paper"], {"rank": 4, "steps": 7, "rows": None})
-    assert (settings.parts.rank, settings.steps, settings.rows) == (4, 7, PRESETS["paper"].rows)
+    settings = with_overrides(PRESETS["paper"], {"rank": 4, "steps": 7000, "rows": None})
+    assert (settings.parts.rank, settings.steps, settings.rows) == (4, 7000, PRESETS["paper"].rows)
     assert settings.warmup_steps == 1000

@@ -15,6 +15,7 @@ import torch
 
 from memlong_vllm.adapters.adapter_file import load_adapter
 from memlong_vllm.cli import main as console
+from memlong_vllm.training.documents import TextsError, dataset_loader, find_texts
 from tests.checkpoints import Checkpoints, novel
 
 OPTIONS = (
@@ -71,6 +72,19 @@ def test_texts_become_an_adapter(
     assert lines[-1]["validation"]["num_tokens"] > 0
 
 
+def test_brackets_in_a_name_are_brackets(tmp_path: Path) -> None:
+    named = tmp_path / "Emma [1815].txt"
+    named.touch()
+    assert find_texts([str(named)]) == [named]
+    assert find_texts([str(tmp_path / "E*.txt")]) == [named]
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TextsError, match=r"--dataset needs the datasets library .*pip install datasets"):
+        dataset_loader()
+
+
 def test_a_dataset_in_a_folder(
     checkpoints: Checkpoints, texts: Path, command: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -103,6 +117,7 @@ def test_a_dataset_in_a_folder(
         (["--texts", __file__, "--weave-copies", "1.5"], "--weave-copies 1.5: must be from 0 to 1"),
         (["--texts", __file__, "--rows", "1", "--start", __file__], "not a safetensors file"),
         (["--dataset", "no-such-dataset-here"], "--dataset no-such-dataset-here"),
+        (["--texts", __file__, "--warmup-steps", "9"], "warmup_steps = 9: must not exceed steps (2)"),
     ],
 )
 def test_bad_input_is_named(

@@ -15,7 +15,8 @@ from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.retriever.embedder import load_embedder
 from memlong_vllm.training.documents import Document
 from memlong_vllm.training.features import FrozenHalf
-from memlong_vllm.training.finetune import FinetuneJob, finetune
+from memlong_vllm.training.finetune import finetune
+from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.settings import FinetuneSettings
 from memlong_vllm.training.trainable import TrainedParts
 
@@ -26,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "rows": 2,
     "segment_tokens": 64,
     "learning_rate": 1e-2,
-    "warmup_steps": 2,
+    "warmup_steps": 1,
     "calibrate_tokens": 0,
     "precision": "fp32",
     "validate_every": 2,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from memlong_vllm.adapters.errors import AdapterError
-from memlong_vllm.cli.convert import is_memlong
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import MemLongConfig, MemoryConfigError
+from memlong_vllm.conversion import is_memlong
 from memlong_vllm.memories.fingerprint import FingerprintError
 from memlong_vllm.retriever.embedder import RetrieverLoadError
 from memlong_vllm.ridge import RidgeError
@@ -19,11 +19,13 @@ from memlong_vllm.training.allocator import keep_freed_memory
 from memlong_vllm.training.documents import (
     Document,
     TextsError,
+    dataset_loader,
     find_texts,
     load_dataset_documents,
     read_documents,
 )
-from memlong_vllm.training.finetune import FinetuneJob, finetune
+from memlong_vllm.training.finetune import finetune
+from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.run_state import ResumeError
 from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
 from memlong_vllm.training.trainable import SettingsError
@@ -45,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=Path, help="where frozen features are kept (default: the user's cache folder)"
     )
+    parser.add_argument(
+        "--no-cache", dest="keep_features", action="store_false", default=None,
+        help="keep nothing on disk: compute what the frozen layers make of a text when it is read",
+    )  # fmt: skip
     parser.add_argument("--retriever-path", help="folder of the retriever, if it is not where the checkpoint says")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     _add_data(parser.add_argument_group("data"))
@@ -95,8 +101,8 @@ def _names(text: str) -> tuple[str, ...]:
 _SETTINGS = (
     "with_memory", "steps", "rows", "accumulation", "segment_tokens", "learning_rate", "memory_learning_rate",
     "adapter_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "bias_start", "calibrate_tokens",
-    "validate_every", "save_every", "seed", "schedule", "precision", "checkpointing", "rank", "alpha", "dropout",
-    "targets", "full",
+    "validate_every", "save_every", "seed", "schedule", "precision", "checkpointing", "keep_features", "rank", "alpha",
+    "dropout", "targets", "full",
 )  # fmt: skip
 
 
@@ -161,6 +167,8 @@ class _Texts:
     def __init__(self, arguments: argparse.Namespace, settings: FinetuneSettings, model: Path) -> None:
         if not arguments.texts and not arguments.dataset:
             raise TextsError("nothing to train on: give --texts or --dataset")
+        if arguments.dataset:
+            dataset_loader()
         self.arguments, self.settings, self.model = arguments, settings, model
         self.texts, self.valid = find_texts(arguments.texts), find_texts(arguments.valid)
         both = {path.resolve() for path in self.texts} & {path.resolve() for path in self.valid}

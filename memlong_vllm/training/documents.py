@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,14 @@ class Document:
 
     Attributes:
         name: for logs and provenance.
-        token_ids: the tokens.
+        token_ids: the tokens, never changed.
         loss_weights: one a token, how much predicting it counts; None: all count 1.
         questions: where the last tokens of questions are, at most one a retrieval stride; what follows reads
             what is retrieved for it as at a prompt's end.
     """
 
     name: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     loss_weights: tuple[float, ...] | None = None
     questions: tuple[int, ...] = ()
 
@@ -39,7 +40,9 @@ def find_texts(patterns: Sequence[str]) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
+        # A shell puts names here, in which brackets are brackets.
+        named = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        matches = [Path(match) for match in named if Path(match).is_file()]
         if not matches:
             raise TextsError(f"no file matches {pattern!r}")
         found.update(matches)
@@ -76,8 +79,7 @@ def load_dataset_documents(
     Raises:
         TextsError: if the dataset cannot be loaded or has no such column.
     """
-    from datasets import load_dataset
-
+    load_dataset = dataset_loader()
     try:
         rows = load_dataset(name, split=split, streaming=True)
         texts = (row["text"] for row in rows)
@@ -96,10 +98,23 @@ def load_dataset_documents(
     return documents
 
 
+def dataset_loader() -> Any:
+    """``datasets.load_dataset``.
+
+    Raises:
+        TextsError: if the library is not installed.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TextsError(f"--dataset needs the datasets library ({error}): pip install datasets") from error
+    return load_dataset
+
+
 def make_document(name: str, text: str, tokenizer: Any, max_tokens: int | None, min_tokens: int) -> Document:
     """Raises TextsError if the text is shorter than ``min_tokens``."""
     # Far more characters than the tokens wanted, so that a long book is not tokenized in vain.
     token_ids = tokenizer(text if max_tokens is None else text[: max_tokens * 12])["input_ids"][:max_tokens]
     if len(token_ids) < min_tokens:
         raise TextsError(f"{name} has {len(token_ids)} tokens; at least one segment ({min_tokens}) is needed")
-    return Document(name, tuple(token_ids))
+    return Document(name, array("i", token_ids))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +85,13 @@ class TextMemory(SequenceMemory):
             super()._retrieve(position, query)
 
 
+def least_tokens(memory: MemoryConfig) -> int:
+    """Of a text, so that something can be retrieved for its last stride: its window must leave a chunk out."""
+    stride = memory.retrieval_stride
+    first = memory.local_window + memory.chunk_size - stride  # Its window ends with the stride.
+    return (-(-first // stride) + 1) * stride
+
+
 class FrozenHalf:
     """The lower half of a checkpoint and its retriever, with a cache on disk.
 
@@ -92,7 +100,7 @@ class FrozenHalf:
         model: its weights; layers below the memory layer are used as they are.
         embed_texts: non-empty texts -> [len, dimension] float32, L2-normalised.
         decode: token ids -> the text that the retriever embeds.
-        cache_dir: where results are kept; made if need be.
+        cache_dir: where results are kept; made if need be. None: nothing is.
         dtype: of what is kept.
         autocast: a context manager's factory that sets the precision of the forward pass.
         retriever_digest: tells embedders apart that the configuration gives one name.
@@ -104,7 +112,7 @@ class FrozenHalf:
         model: MemLongForCausalLM,
         embed_texts: EmbedTexts,
         decode: Callable[[Sequence[int]], str],
-        cache_dir: Path,
+        cache_dir: Path | None,
         dtype: torch.dtype,
         autocast: Callable[[], torch.autocast],
         retriever_digest: str,
@@ -116,14 +124,17 @@ class FrozenHalf:
         lower = model_fingerprint(checkpoint, self.config.memory_layer)
         self._lower_key = [FORMAT, lower, str(dtype), model.device.type]
         self._retriever_key = [FORMAT, asdict(self.config.retriever), retriever_digest]
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        if cache_dir is not None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
 
     def check_space(self, documents: Sequence[Document]) -> None:
         """Raises:
         TextsError: if what the cache lacks of these documents does not fit on its disk.
         """
+        if self.cache_dir is None:
+            return
         used = [self._whole_strides(document) for document in documents]
-        missing = [ids for ids, digest in used if not self._path("lower", [*self._lower_key, digest]).exists()]
+        missing = [ids for ids, digest in used if not self._is_kept("lower", [*self._lower_key, digest])]
         config = self.model.config
         numbers = config.hidden_size + 2 * config.num_key_value_heads * config.head_dim
         needed = sum(map(len, missing)) * numbers * self.dtype.itemsize
@@ -131,18 +142,23 @@ class FrozenHalf:
         if needed > free:
             raise TextsError(
                 f"what the frozen layers make of {len(missing)} texts takes {needed / GIB:,.1f} GiB, and there are "
-                f"{free / GIB:,.1f} in {self.cache_dir}: name another --cache-dir, or lower --document-tokens"
+                f"{free / GIB:,.1f} in {self.cache_dir}: name another --cache-dir, lower --document-tokens, or keep "
+                "nothing (--no-cache)"
             )
 
-    def _whole_strides(self, document: Document) -> tuple[tuple[int, ...], str]:
+    def _whole_strides(self, document: Document) -> tuple[Sequence[int], str]:
         """The tokens that are used, and their digest."""
         count = len(document.token_ids) // self.config.retrieval_stride * self.config.retrieval_stride
         token_ids = document.token_ids[:count]
         return token_ids, hashlib.sha256(np.asarray(token_ids, np.int64).tobytes()).hexdigest()
 
-    def _path(self, kind: str, key: list[object]) -> Path:
+    def _is_kept(self, kind: str, key: list[object]) -> bool:
+        return self.cache_dir is not None and self._path(self.cache_dir, kind, key).exists()
+
+    @staticmethod
+    def _path(cache_dir: Path, kind: str, key: list[object]) -> Path:
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-        return self.cache_dir / f"{kind}-{name}.safetensors"
+        return cache_dir / f"{kind}-{name}.safetensors"
 
     def features(self, document: Document) -> DocumentFeatures:
         """Of a document's whole strides; the rest of its tokens is left out."""
@@ -154,7 +170,9 @@ class FrozenHalf:
     def _kept(
         self, kind: str, key: list[object], make: Callable[[], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        path = self._path(kind, key)
+        if self.cache_dir is None:
+            return make()
+        path = self._path(self.cache_dir, kind, key)
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}.partial")
             save_file(make(), partial)
@@ -170,7 +188,7 @@ class FrozenHalf:
         with self.autocast():
             carried = None
             for first in range(0, len(token_ids), piece):
-                ids = torch.tensor(token_ids[first : first + piece], device=model.device)
+                ids = torch.tensor(token_ids[first : first + piece], dtype=torch.long, device=model.device)
                 hidden = model.model.embed_tokens(ids)[None].float()
                 carried = self.stack.empty(1, hidden) if carried is None else carried
                 hidden, carried = self.stack(hidden, carried)
@@ -223,6 +241,34 @@ class FrozenHalf:
         ]
         empty = torch.tensor([text == "" for text in texts])
         return torch.cat(made).masked_fill(empty[:, None], 0.0)
+
+
+class FeaturesAsRead(Sequence[DocumentFeatures]):
+    """Features of documents, each made when it is asked for; the last few are held.
+
+    Args:
+        num_held: twice as many as are read side by side: one that ends is asked for beside the next.
+    """
+
+    def __init__(self, frozen: FrozenHalf, documents: Sequence[Document], num_held: int) -> None:
+        self._frozen, self._documents, self._num_held = frozen, documents, num_held
+        self._held: OrderedDict[int, DocumentFeatures] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, number: int) -> DocumentFeatures:  # type: ignore[override]
+        if number not in self._held:
+            self._held[number] = self._frozen.features(self._documents[number])
+            if len(self._held) > self._num_held:
+                self._held.popitem(last=False)
+        self._held.move_to_end(number)
+        return self._held[number]
+
+    def longest(self, window: int, num_tokens: int) -> list[DocumentFeatures]:
+        """As many as have ``num_tokens`` when each gives a window: the first of those with two, then of the others."""
+        order = sorted(range(len(self)), key=lambda number: -min(2, len(self._documents[number].token_ids) // window))
+        return [self._frozen.features(self._documents[number]) for number in order[: -(-num_tokens // window)]]
 
 
 def _fill(rows: torch.Tensor, span: AttendedSpan, stride: int) -> None:

@@ -2,64 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import AutoTokenizer
 
-from memlong_vllm.adapters.adapter import Adapter, LoraSettings
-from memlong_vllm.adapters.adapter_file import load_adapter, save_adapter
-from memlong_vllm.adapters.base_identity import BaseIdentity, backbone_identity
-from memlong_vllm.config import RetrieverConfig
+from memlong_vllm.adapters.adapter import Adapter
+from memlong_vllm.adapters.adapter_file import load_adapter
+from memlong_vllm.adapters.base_identity import backbone_identity
+from memlong_vllm.config import MemoryConfig
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.retriever.embedder import embedder_digest, load_embedder
+from memlong_vllm.training.best_adapter import BestAdapter
 from memlong_vllm.training.calibration import calibrate, is_fresh
 from memlong_vllm.training.documents import Document, TextsError
-from memlong_vllm.training.features import DocumentFeatures, FrozenHalf
+from memlong_vllm.training.features import DocumentFeatures, FeaturesAsRead, FrozenHalf, least_tokens
+from memlong_vllm.training.identity import retriever_of, run_identity
+from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.run_state import RunFolder
 from memlong_vllm.training.settings import FinetuneSettings
-from memlong_vllm.training.trainable import half_precision, learned_tensors, select_trained, start_from
+from memlong_vllm.training.trainable import half_precision, select_trained, start_from
 from memlong_vllm.training.trainer import Trainer, make_accelerator
 from memlong_vllm.training.validation import Validation
-
-VERSIONS_OF = ("memlong-vllm", "torch", "transformers", "peft", "accelerate")
-
-
-@dataclass(frozen=True)
-class FinetuneJob:
-    """What a run reads and writes.
-
-    Attributes:
-        model: folder of a MemLong checkpoint.
-        output: the adapter file to write; the run's folder is ``output`` with ``.run`` appended.
-        cache_dir: of frozen features.
-        retriever_path: in place of the checkpoint's retriever.
-        start: adapter that training goes on from, of the same base and with the same parts; None: afresh.
-        cpu: use the CPU even where there is a GPU.
-        restart: forget an interrupted run with this output.
-        notes: put into the adapter's metadata as they are.
-    """
-
-    model: Path
-    output: Path
-    cache_dir: Path
-    retriever_path: str | None = None
-    start: Path | None = None
-    cpu: bool = False
-    restart: bool = False
-    notes: dict[str, Any] | None = None
-
-    @property
-    def folder(self) -> Path:
-        return self.output.with_name(self.output.name + ".run")
 
 
 def finetune(
@@ -75,7 +41,8 @@ def finetune(
         make_documents: tokenizer -> training and validation documents.
 
     Raises:
-        SettingsError, TextsError, ResumeError, RetrieverLoadError, AdapterError: before training begins.
+        SettingsError, TextsError, ResumeError, RetrieverLoadError, AdapterError: before training begins, and
+            all that can be known from settings and texts before anything is computed.
         DivergedError: if the loss is no number any more.
     """
     torch.manual_seed(settings.seed)
@@ -85,8 +52,8 @@ def finetune(
         say_once("this CPU has no instructions for bfloat16 and takes ten times as long with it: use --precision fp32")
     trainer, best = _prepare(job, settings, make_documents, accelerator, say_once)
     trainer.run(best.offer if accelerator.is_main_process else _ignore)
-    if accelerator.is_main_process and not (trainer.valid and job.output.exists()):
-        best.write(trainer.step, None)
+    if accelerator.is_main_process:
+        best.finish(trainer.step)
     accelerator.wait_for_everyone()
     return load_adapter(job.output)
 
@@ -97,7 +64,7 @@ def _prepare(
     make_documents: Callable[[Any], tuple[list[Document], list[Document]]],
     accelerator: Accelerator,
     say: Callable[[str], None],
-) -> tuple[Trainer, _BestAdapter]:
+) -> tuple[Trainer, BestAdapter]:
     """Everything up to the first step, or to the step where an interrupted run was."""
     model = MemLongForCausalLM.from_pretrained(job.model, dtype=torch.float32).to(accelerator.device)
     settings.check_model(model.config.memory)
@@ -106,8 +73,9 @@ def _prepare(
     streams = accelerator.num_processes * settings.rows
     if len(documents) < streams:
         raise TextsError(f"{len(documents)} training texts are too few for {streams} rows: lower --rows")
+    check_reading(documents, valid_documents, settings, model.config.memory)
     base = backbone_identity(model.state_dict(), model.config)
-    identity = _identity(job, settings, base, model, documents, valid_documents, accelerator.num_processes)
+    identity = run_identity(job, settings, base, model, documents, valid_documents, accelerator)
     trained = select_trained(model, settings.parts, settings.with_memory)
     if job.start is not None:
         start = load_adapter(job.start)
@@ -122,20 +90,48 @@ def _prepare(
     # LoRA begins alike everywhere; what dropout draws from now on does not.
     torch.manual_seed(settings.seed + accelerator.process_index)
     half_precision(model, dtype)
-    frozen = _frozen_half(job, model, tokenizer, dtype, accelerator)
+    frozen = _frozen_half(job, settings, model, tokenizer, dtype, accelerator)
     frozen.check_space([*documents, *valid_documents])
-    train, valid = (_all_features(frozen, part, accelerator, say) for part in (documents, valid_documents))
-    if settings.with_memory:
-        _check_reading(train, say)
+    train = _training_features(frozen, documents, settings, accelerator, say)
+    validates = settings.keep_features or accelerator.is_main_process
+    valid = _all_features(frozen, valid_documents if validates else [], accelerator, say)
     if not folder.has_state:
         _start_memory(model, train, settings, accelerator, say)
     trainer = Trainer(model, trained, train, valid, settings, accelerator, folder)
-    best = _BestAdapter(job, model, settings, base, identity, trained)
+    best = BestAdapter(job, model, settings, base, identity, trained, folder)
     if folder.has_state:
         trainer.restore()
         say(f"going on from step {trainer.step} of {settings.steps}")
-        best.lowest = folder.lowest_validation() if job.output.exists() else best.lowest
+        best.lowest = folder.lowest_validation() if folder.best.exists() else best.lowest
     return trainer, best
+
+
+def check_reading(
+    train: Sequence[Document], valid: Sequence[Document], settings: FinetuneSettings, memory: MemoryConfig
+) -> None:
+    """Raises TextsError if nothing can ever be retrieved, so that memory would learn nothing, or nobody see it."""
+    least, segment = least_tokens(memory), settings.segment_tokens
+    beyond = memory.local_window + memory.chunk_size - memory.retrieval_stride
+    if memory.memory_size < beyond and (settings.with_memory or valid):
+        raise TextsError(
+            f"the model's memory_size ({memory.memory_size}) holds nothing that the window does not: convert it with "
+            f"at least {beyond}"
+        )
+    longest, longest_valid = (
+        max((len(document.token_ids) // segment * segment for document in part), default=least)
+        for part in (train, valid)
+    )
+    needed = f"{least} tokens are needed, in whole segments of {segment}, to leave a chunk outside the window"
+    if settings.with_memory and longest < least:
+        raise TextsError(
+            f"no training text is long enough to retrieve anything: the longest has {longest} tokens, and {needed}. "
+            "Give longer texts, or raise --document-tokens"
+        )
+    if longest_valid < least:
+        raise TextsError(
+            f"--valid-tokens: nothing is retrieved in the validation texts: the longest has {longest_valid} tokens, "
+            f"and {needed}"
+        )
 
 
 def _emulates_bfloat16(device: torch.device) -> bool:
@@ -150,46 +146,10 @@ def _ignore(step: int, validation: Validation) -> None:
     pass
 
 
-def _identity(
-    job: FinetuneJob,
-    settings: FinetuneSettings,
-    base: BaseIdentity,
-    model: MemLongForCausalLM,
-    documents: Sequence[Document],
-    valid: Sequence[Document],
-    num_processes: int,
-) -> dict[str, Any]:
-    """What makes a run this run; steps may be added to a finished one, unless its rate depends on them."""
-    free = ("save_every", "steps") if settings.schedule == "constant" else ("save_every",)
-    return {
-        "settings": {name: value for name, value in settings.to_dict().items() if name not in free},
-        "num_processes": num_processes,
-        "base": base.digest,
-        "retriever": embedder_digest(_retriever(job, model), str(job.model)),
-        "memlong": model.config.memory.to_dict(),
-        "memory_parameters": _digest_of_memory(model),
-        "train": [_describe(document) for document in documents],
-        "valid": [_describe(document) for document in valid],
-    }
-
-
-def _describe(document: Document) -> str:
-    digest = hashlib.sha256(
-        json.dumps([document.token_ids, document.loss_weights, document.questions]).encode()
-    ).hexdigest()
-    return f"{document.name} ({len(document.token_ids)} tokens, {digest[:12]})"
-
-
-def _digest_of_memory(model: MemLongForCausalLM) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if ".memory_" in name:
-            digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _frozen_half(job: FinetuneJob, model: Any, tokenizer: Any, dtype: torch.dtype, accelerator: Any) -> FrozenHalf:
-    retriever, device = _retriever(job, model), accelerator.device
+def _frozen_half(
+    job: FinetuneJob, settings: FinetuneSettings, model: Any, tokenizer: Any, dtype: torch.dtype, accelerator: Any
+) -> FrozenHalf:
+    retriever, device = retriever_of(job, model), accelerator.device
     embedders: list[Any] = []
 
     def embed_texts(texts: list[str]) -> Any:
@@ -201,18 +161,34 @@ def _frozen_half(job: FinetuneJob, model: Any, tokenizer: Any, dtype: torch.dtyp
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     digest = embedder_digest(retriever, str(job.model))
-    return FrozenHalf(job.model, model, embed_texts, decode, job.cache_dir, dtype, accelerator.autocast, digest)
+    cache_dir = job.cache_dir if settings.keep_features else None
+    return FrozenHalf(job.model, model, embed_texts, decode, cache_dir, dtype, accelerator.autocast, digest)
 
 
-def _retriever(job: FinetuneJob, model: MemLongForCausalLM) -> RetrieverConfig:
-    configured = model.config.memory.retriever
-    return configured if job.retriever_path is None else replace(configured, model=job.retriever_path)
+def _training_features(
+    frozen: FrozenHalf,
+    documents: Sequence[Document],
+    settings: FinetuneSettings,
+    accelerator: Any,
+    say: Callable[[str], None],
+) -> Sequence[DocumentFeatures]:
+    if not settings.keep_features:
+        return FeaturesAsRead(frozen, documents, 2 * settings.rows)
+    made = _all_features(frozen, documents, accelerator, say)
+    if settings.with_memory:
+        reading = [bool(span.chunk_ids) for features in made for span in features.spans]
+        if not any(reading):
+            raise TextsError("nothing is retrieved in the training texts: their chunks have no text")
+        say(f"something is retrieved for {sum(reading) / len(reading):.0%} of the training tokens")
+    return made
 
 
 def _all_features(
     frozen: FrozenHalf, documents: Sequence[Document], accelerator: Any, say: Callable[[str], None]
 ) -> list[DocumentFeatures]:
-    """Of all documents; each process computes its share of what the cache lacks."""
+    """Of all documents; each process computes its share of what the cache lacks. Without a cache: all of them."""
+    if frozen.cache_dir is None:
+        return [frozen.features(document) for document in documents]
     for idx, document in enumerate(documents):
         if idx % accelerator.num_processes == accelerator.process_index:
             frozen.features(document)
@@ -222,23 +198,13 @@ def _all_features(
     return [frozen.features(document) for document in documents]
 
 
-def _check_reading(train: Sequence[DocumentFeatures], say: Callable[[str], None]) -> None:
-    """Raises TextsError if nothing is ever retrieved, and memory would learn nothing."""
-    reading = [bool(span.chunk_ids) for features in train for span in features.spans]
-    if not any(reading):
-        longest = max(len(features.document.token_ids) for features in train)
-        raise TextsError(
-            f"no training text is long enough to retrieve anything: the longest has {longest} tokens. Give longer "
-            "texts, or raise --document-tokens"
-        )
-    say(f"something is retrieved for {sum(reading) / len(reading):.0%} of the training tokens")
-
-
 def _start_memory(model: Any, train: Sequence[DocumentFeatures], settings: Any, accelerator: Any, say: Any) -> None:
     """Where the memory's parameters begin, if the checkpoint's are as ``convert`` left them."""
     if not settings.with_memory:
         return
     if settings.calibrate_tokens and is_fresh(model):
+        if isinstance(train, FeaturesAsRead):
+            train = train.longest(model.config.memory.local_window, settings.calibrate_tokens)
         explained = calibrate(model, train, settings.calibrate_tokens, accelerator.autocast)
         for layer, (keys, values) in explained.items():
             say(f"layer {layer}: linear maps explain {keys:.2f} of the variance of its keys, {values:.2f} of values")
@@ -246,50 +212,3 @@ def _start_memory(model: Any, train: Sequence[DocumentFeatures], settings: Any, 
         for name, parameter in model.named_parameters():
             if name.endswith(".memory_bias") and not parameter.any():
                 parameter.data.fill_(settings.bias_start)
-
-
-class _BestAdapter:
-    """Writes the adapter whenever validation is better than before.
-
-    Attributes:
-        lowest: negative log-likelihood of the best so far; infinite if there is none.
-    """
-
-    def __init__(
-        self,
-        job: FinetuneJob,
-        model: MemLongForCausalLM,
-        settings: FinetuneSettings,
-        base: BaseIdentity,
-        identity: dict[str, Any],
-        trained: dict[str, nn.Parameter],
-    ) -> None:
-        self.job, self.model, self.settings, self.base = job, model, settings, base
-        self.identity, self.trained = identity, trained
-        self.lowest = float("inf")
-
-    def offer(self, step: int, validation: Validation) -> None:
-        if step > 0 and validation.nll < self.lowest:
-            self.lowest = validation.nll
-            self.write(step, validation)
-
-    def write(self, step: int, validation: Validation | None) -> None:
-        parts = self.settings.parts
-        training = {
-            "settings": self.settings.to_dict(),
-            "train": self.identity["train"],
-            "valid": self.identity["valid"],
-            **({"start": self.identity["start"]} if "start" in self.identity else {}),
-            "step": step,
-            "validation": validation and validation.to_dict(),
-            "versions": {name: metadata.version(name) for name in VERSIONS_OF},
-            **(self.job.notes or {}),
-        }
-        tensors = {
-            name: tensor.to(torch.bfloat16 if tensor.dim() > 1 else torch.float32)
-            for name, tensor in learned_tensors(self.model, self.trained).items()
-        }
-        lora = LoraSettings(parts.rank, parts.alpha) if parts.rank else None
-        adapter = Adapter(tensors, lora, self.model.config.memory.to_dict(), self.base, training)
-        self.job.output.parent.mkdir(parents=True, exist_ok=True)
-        save_adapter(adapter, self.job.output)

@@ -33,6 +33,11 @@ class RunFolder:
         return self.folder / "log.jsonl"
 
     @property
+    def best(self) -> Path:
+        """The adapter of the best validation so far, as it was written to the output."""
+        return self.folder / "best.safetensors"
+
+    @property
     def has_state(self) -> bool:
         """Whether an interrupted or finished run can go on from here."""
         return (self.folder / "state").is_dir()
@@ -64,10 +69,13 @@ class RunFolder:
     def _settle(self) -> None:
         """Undo what an interruption left half done."""
         previous = self.folder / "state.previous"
-        if previous.is_dir() and not self.has_state:
+        if self.has_state:
+            shutil.rmtree(previous, ignore_errors=True)
+        elif previous.is_dir():
             os.replace(previous, self.folder / "state")
         if not self.has_state:
             self.log_file.unlink(missing_ok=True)
+            self.best.unlink(missing_ok=True)
 
     def save(self, shared: dict[str, Any], own: dict[str, Any], rank: int, wait_for_all: Any) -> None:
         """Keep a step: ``shared`` once, ``own`` of each process."""

@@ -28,6 +28,8 @@ class FinetuneSettings:
         bias_start: ``memory_bias`` of a model that has one, before the first step, if it is 0.
         calibrate_tokens: tokens that fresh (identity) ``memory_adapter`` maps are fitted on; 0: not.
         precision: of matrix products; weights that learn are float32 always.
+        keep_features: what the frozen layers make of the texts is computed before training and kept on disk,
+            so that a second epoch costs the upper layers only; False: it is computed as texts are read.
         validate_every, save_every: in steps; 0: at the end only.
     """
 
@@ -48,6 +50,7 @@ class FinetuneSettings:
     calibrate_tokens: int = 32768
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpointing: bool = False
+    keep_features: bool = True
     validate_every: int = 0
     save_every: int = 100
     seed: int = 0
@@ -57,6 +60,8 @@ class FinetuneSettings:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("warmup_steps", "validate_every", "save_every", "calibrate_tokens"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        rule = f"must not exceed steps ({self.steps}), or the learning rate is never reached"
+        _require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, rule)
         for name in ("learning_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("memory_learning_rate", "adapter_learning_rate"):
@@ -108,6 +113,7 @@ PRESETS: dict[str, FinetuneSettings] = {
         weight_decay=1e-4,
         schedule="cosine",
         checkpointing=True,
+        keep_features=False,  # Of texts that are read once; 19 kB a token.
         validate_every=1000,
         save_every=1000,
     ),

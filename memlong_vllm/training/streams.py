@@ -123,7 +123,7 @@ class Streams:
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        self.documents, self.reader, self.seed = list(documents), reader, seed
+        self.documents, self.reader, self.seed = documents, reader, seed
         self.rank, self.num_ranks = rank, num_ranks
         if len(self._order(0)) < num_rows:
             raise ValueError(f"{len(self.documents)} documents are too few for {num_rows} rows a process")

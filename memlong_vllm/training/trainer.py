@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
 
@@ -35,7 +36,11 @@ def make_accelerator(settings: FinetuneSettings, cpu: bool) -> Accelerator:
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         gradient_accumulation_steps=settings.accumulation,
         # A batch in which nothing was retrieved gives the memory's parameters no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Ranks wait for each other's share of the frozen half's work, which is not equal.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+        ],
     )
 
 
@@ -51,12 +56,11 @@ def learning_rate_factor(settings: FinetuneSettings, step: int) -> float:
 
 @dataclass
 class Progress:
-    """What happened since the last line of the log."""
+    """Of one update: the weighted sum of the losses, the sum of their weights, and tokens."""
 
     weighted: float = 0.0
     weight: float = 0.0
     tokens: int = 0
-    seconds: float = 0.0
 
 
 class DivergedError(RuntimeError):
@@ -178,13 +182,13 @@ class Trainer:
         progress.tokens += batch.labels.numel()
 
     def _gate_sizes(self) -> dict[str, float]:
-        """Mean |tanh(gate)| (gated) or mean bias: how far memory is opened."""
+        """Means over heads of what opens memory: |tanh(gate)| or, with scaled_logits, σ(gate); the bias."""
+        opening = torch.sigmoid if self.config.fusion == "scaled_logits" else lambda gate: torch.tanh(gate).abs()
         sizes: dict[str, float] = {}
-        for name, value in (("memory_gate", torch.tanh), ("memory_bias", torch.clone)):
+        for name, value in (("memory_gate", opening), ("memory_bias", torch.clone)):
             found = [p.detach() for key, p in self.trained.items() if key.endswith(name)]
             if found:
-                sized = value(torch.cat(found).float())
-                sizes[name] = float(sized.abs().mean() if name == "memory_gate" else sized.mean())
+                sizes[name] = float(value(torch.cat(found).float()).mean())
         return sizes
 
     def _validate(self, bar: Any, on_validation: Callable[[int, Validation], None]) -> None:

@@ -70,11 +70,7 @@ def validate(
                 counted += int(counts.sum()) if mode is False else 0
     upper.train(was_training)
     if not counted:
-        raise TextsError(
-            "--valid-tokens: nothing is retrieved in the validation texts; in whole segments of "
-            f"{segment_tokens} tokens they must be a chunk ({config.chunk_size}) longer than the window "
-            f"({config.local_window}) at least"
-        )
+        raise TextsError("nothing is retrieved in the validation texts: their chunks have no text")
     without = totals[False] / counted
     if not with_memory:
         return Validation(without, None, counted)
