@@ -176,6 +176,7 @@ def test_what_the_command_refuses(
     words = ["--model", checkpoints.memlong(), "--texts", text, "--lengths", 400, "--output", tmp_path / "results.json"]
     for more, message in (
         (["--memory-sizes", "256"], "there is nothing to compare: add --vary"),
+        (["--memory-sizes", "0", "--random-retrieval"], "there is nothing to compare: add --vary"),
         (["--vary", "top_k=1", "--top-k", 4], "--vary top_k and another option that sets it"),
         (["--vary", "chunk_size=32", "--memory-sizes", "0,48"], "'chunk_size=32' has chunks of 32 tokens"),
     ):
@@ -208,6 +209,31 @@ def test_recall_of_variants(evaluate: Evaluate, model: Path, tmp_path: Path) -> 
     found = {(row["model"], row["memory_size"]): row["needle_retrieved"] for row in read_results(output)["rows"]}
     assert list(found) == [("memlong", 0), ("memlong", 512), ("chunk_size=32", 512)]
     assert found["memlong", 512] is found["chunk_size=32", 512] is True
+
+
+def test_needles_are_out_of_every_variants_sight(evaluate: Evaluate, model: Path, tmp_path: Path) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "results.json"
+    text.write_text(novel()[20_000:24_000], encoding="utf-8")
+    words = [
+        "--model",
+        model,
+        "--texts",
+        text,
+        "--lengths",
+        600,
+        "--trials",
+        1,
+        "--depths",
+        "0.9",
+        "--kinds",
+        "passkey",
+    ]
+    more = ["--engine", "reference", "--vary", "local_window=256", "--output", output]
+    assert evaluate("recall", *words, *more) == 0
+    content = read_results(output)
+    assert content["settings"]["min_distance"] == 256 + 16
+    assert all(row["tokens"] - row["needle"][1] >= 256 for row in content["rows"])
+    assert {row["model"] for row in content["rows"]} == {"memlong", "local_window=256"}
 
 
 def described(**fields: Any) -> dict[str, Any]:
@@ -249,6 +275,9 @@ def test_groups_and_their_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
     write_report(results.path)
     shown = capsys.readouterr().out
+    stopped = ResultsFile(tmp_path / "stopped.json", "ablation", settings, models, ("model", "text", "memory_size"))
+    stopped.append(read_results(results.path)["rows"][:1])
+    assert len(write_report(stopped.path)) == 2  # No group yet, and no panel of the plot.
     assert "| 8 | 12.182 (as it is) |" in shown
     assert "| 2 | 18.174 (+0.4000 ± 0.0000) |" in shown
     assert "‡ queries of a segment are its own text" in shown

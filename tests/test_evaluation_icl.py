@@ -40,6 +40,8 @@ def test_files_are_read_in_both_formats(tmp_path: Path) -> None:
     assert read_examples(tsv, "--data", 2) == read_examples(csv, "--data", 2) == expected
     csv.write_text('text,label\n"it ""works , mostly .",1\nno .,0\n')
     assert read_examples(csv, "--data", 2) == expected
+    csv.write_text("\ufeff" + csv.read_text(), encoding="utf-8")  # As spreadsheets write it.
+    assert read_examples(csv, "--data", 2) == expected
 
 
 UNREADABLE = [
@@ -48,6 +50,7 @@ UNREADABLE = [
     ("a.tsv", "sentence\tlabel\nno .\t2\n", r"row 2: \['no .', '2'\] is no sentence with a label from 0 to 1"),
     ("a.csv", "0,yes\nno\n", r"row 2: \['no'\]"),
     ("a.csv", "", "is empty"),
+    ("a.csv", "label,text\n", "names columns, and no sentence"),
     ("a.txt", "0,no\n", "name a .tsv or .csv file"),
 ]
 
@@ -124,15 +127,18 @@ def by_key(path: Path) -> dict[tuple[Any, ...], Row]:
     return {tuple(row[name] for name in names): row for row in read_results(path)["rows"]}
 
 
-def test_engine_and_reference_agree(evaluate: Callable[..., int], model: Path, data: Path, tmp_path: Path) -> None:
+def test_engine_and_reference_agree(
+    evaluate: Callable[..., int], checkpoints: Checkpoints, model: Path, data: Path, tmp_path: Path
+) -> None:
     engine, reference = tmp_path / "engine.json", tmp_path / "reference.json"
-    more = ["--beside", "prompt", "rag", "--rag-shots", 2, "--calibrate", "--baselines", "full", "--random-retrieval"]
-    assert evaluate(*words(model, data, reference, *more, "--engine", "reference")) == 0
-    assert evaluate(*words(model, data, engine, "--calibrate", "--batch", 4)) == 0
+    common = ["--calibrate", "--control", checkpoints.memlong(memory_size=0)]  # As a control's is converted.
+    more = ["--beside", "prompt", "rag", "--rag-shots", 2, "--baselines", "full", "--random-retrieval"]
+    assert evaluate(*words(model, data, reference, *common, *more, "--engine", "reference")) == 0
+    assert evaluate(*words(model, data, engine, *common, "--batch", 4)) == 0
     measured, expected = by_key(engine), by_key(reference)
     # Without any demonstration there is no draw: 1 + 2 seeds; then memory, for both numbers of shots.
-    assert len(measured) == 3 * (3 + 2 * 2)
-    assert len(expected) == 3 * ((3 + 3 * 2 * 2) + (3 + 2 * 2 * 2) + 2 * 2)
+    assert len(measured) == 3 * ((3 + 2 * 2) + 3)
+    assert len(expected) == 3 * ((3 + 3 * 2 * 2) + 2 * (3 + 2 * 2 * 2) + 2 * 2)
     for key, row in measured.items():
         assert row["scores"] == pytest.approx(expected[key]["scores"], abs=2e-4)
         assert row["content_free"] == pytest.approx(expected[key]["content_free"], abs=2e-4)
@@ -162,7 +168,17 @@ def test_a_stopped_run_is_completed(evaluate: Callable[..., int], model: Path, d
     assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in whole["rows"]]
 
 
+def test_nothing_is_chosen_by_chance_where_all_is_taken(
+    evaluate: Callable[..., int], model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results.json"
+    assert evaluate(*words(model, data, output, "--random-retrieval", "--top-k", 64, "--engine", "reference")) == 0
+    assert "SKIPPED: random with 4 demonstrations in memory" in capsys.readouterr().err
+    assert {key[0] for key in by_key(output)} == {"memlong"}
+
+
 REFUSED = [
+    (["--memlong", '{{"memory_dir": "x"}}'], "--memlong memory_dir: memories of demonstrations must end with the run"),
     (["--memory-sizes", "0"], "--memory-sizes: here it is --memory-shots"),
     (["--memory-shots", "30"], "name a longer file with --train, or lower --shots and --memory-shots"),
     (["--label-words", "bad"], "--label-words bad: needs 2 different words"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from memlong_vllm.evaluation.models import ModelSpec, check_control, is_stripped
+from memlong_vllm.evaluation.models import ModelSpec, check_control, is_stripped, training_differences
 from memlong_vllm.evaluation.perplexity_report import summarise
 from memlong_vllm.evaluation.runs import json_file
 from memlong_vllm.evaluation.scoring import EvaluationError
@@ -35,6 +35,30 @@ def test_a_control_is_the_same_training_without_memory(content: dict[str, Any], 
     check_control(Path("control"), config(False), main)
     with pytest.raises(EvaluationError, match=message):
         check_control(Path("control"), content, main)
+
+
+def trained(with_memory: bool, steps: int = 100, **training: Any) -> dict[str, Any]:
+    settings = {"with_memory": with_memory, "steps": steps, "save_every": steps}
+    settings |= {} if with_memory else {"of_a_later_version": 1}
+    return config(None) | {"memlong_adapter": {"training": {"settings": settings, "train": ["a"]} | training}}
+
+
+@pytest.mark.parametrize(
+    ("control", "differences"),
+    [
+        (trained(False), ()),
+        (trained(False, steps=50), ("steps",)),
+        (trained(False, steps=50, train=["b"]), ("steps", "texts")),
+        (trained(False, settings="as in the paper"), ("not known",)),
+        (config(None), ("not known",)),
+    ],
+)
+def test_what_was_trained_otherwise_is_said(control: dict[str, Any], differences: tuple[str, ...]) -> None:
+    assert training_differences(control, trained(True)) == differences
+
+
+def test_models_that_were_never_trained_differ_in_nothing() -> None:
+    assert training_differences(config(None), config(None)) == ()
 
 
 def test_baselines_of_weights_trained_with_memory_are_known() -> None:

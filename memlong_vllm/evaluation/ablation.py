@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
     """
     specs = specs_of(arguments)
     sizes = memory_sizes_of(arguments, specs[0])
-    if len(specs) == 1 and len(sizes) == 1:
+    if sum(len(spec.memory_sizes(sizes)) for spec in specs) == 1:
         raise EvaluationError(
             "there is nothing to compare: add --vary, --variant, --random-retrieval or more --memory-sizes"
         )

@@ -123,6 +123,8 @@ def draw(content: dict[str, Any], figure: Any) -> None:
     cells = {(cell.line, cell.length): cell for cell in summarise(content)}
     length = max(length for _, length in cells)
     groups, base = groups_of(content), cells.get((main_line(content), length))
+    if not groups:  # Of a run that was stopped early.
+        return
     num_columns = min(3, len(groups))
     num_rows = math.ceil(len(groups) / num_columns)
     figure.set_size_inches(4.5 * num_columns, 3.8 * num_rows)

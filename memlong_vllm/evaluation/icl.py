@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -81,13 +82,18 @@ class InContextLearning:
         for case in self.cases:
             if case.memory is not None and not has_memory:
                 continue
-            if case.memory is None and spec.random_retrieval:
+            if spec.random_retrieval and (case.memory is None or self.is_read_whole(spec, case.memory)):
                 continue
             read = () if case.memory is None else (case.memory.name,)
             size = 0 if is_control and spec.kind == "memlong" else None
             use = MemoryUse(size, self.top_k if has_memory else None, read)
             items.append(Item({"model": spec.label} | case.row, Prompt(case.prompt, use), case))
         return items
+
+    def is_read_whole(self, spec: ModelSpec, memory: Demonstrations) -> bool:
+        """Whether a retrieval takes all of a memory's chunks: then there is no choice that could be by chance."""
+        block = spec.config["memlong"]
+        return len(memory.token_ids) // int(block["chunk_size"]) <= (self.top_k or int(block["top_k"]))
 
     def measure(self, scorer: Scorer, items: Sequence[Item]) -> list[Row]:
         rows: list[Row] = []
@@ -169,6 +175,8 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
     """
     if arguments.memory_sizes is not None:
         raise EvaluationError("--memory-sizes: here it is --memory-shots that says what is in memory")
+    if "memory_dir" in arguments.memlong:
+        raise EvaluationError("--memlong memory_dir: memories of demonstrations must end with the run: leave it out")
     specs = specs_of(arguments)
     main = specs[0]
     wording = wording_of(arguments)
@@ -184,7 +192,21 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
     label_ids = maker.label_ids()
     described = settings_of(arguments, plan, wording)
     task = InContextLearning(list(maker.cases()), wording.words, label_ids, described, arguments.top_k)
+    say_what_is_left_out(task, specs)
     return run_task(task, arguments, specs, [])
+
+
+def say_what_is_left_out(task: InContextLearning, specs: Sequence[ModelSpec]) -> None:
+    """Which memories are too small for a choice by chance."""
+    for spec in specs:
+        cases = [(case.row["memory_shots"], case.memory) for case in task.cases if case.memory is not None]
+        whole = sorted({shots for shots, memory in cases if spec.random_retrieval and task.is_read_whole(spec, memory)})
+        if whole:
+            print(
+                f"SKIPPED: {spec.label} with {', '.join(map(str, whole))} demonstrations in memory, where a retrieval "
+                "takes all chunks: a lower --top-k leaves a choice",
+                file=sys.stderr,
+            )
 
 
 def wording_of(arguments: argparse.Namespace) -> Wording:

@@ -85,6 +85,8 @@ def read_examples(path: Path, option: str, num_labels: int) -> list[Example]:
                 f"{num_labels - 1}"
             )
         examples.append(Example(number, row[sentence].strip(), int(row[label])))
+    if not examples:
+        raise EvaluationError(f"{option} {path} has a first line that names columns, and no sentence")
     return examples
 
 
@@ -92,7 +94,7 @@ def _rows(path: Path, option: str) -> list[list[str]]:
     if path.suffix not in (".tsv", ".csv"):
         raise EvaluationError(f"{option} {path}: name a .tsv or .csv file")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Spreadsheets put a mark before UTF-8.
             if path.suffix == ".tsv":  # Quotation marks there are the sentences' own.
                 return [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
             return [row for row in csv.reader(file) if row]

@@ -33,6 +33,7 @@ class ModelSpec:
         config: contents of ``config.json``; the ``memlong`` block as it is served (:func:`deployed`).
         group: of a variant (:mod:`memlong_vllm.evaluation.variants`), what it is one of.
         changes: fields of the ``memlong`` block that ``config`` has otherwise than ``path`` does.
+        differs: of a control, in what it was trained otherwise than the main model, beside memory.
     """
 
     label: str
@@ -44,6 +45,7 @@ class ModelSpec:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     group: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+    differs: tuple[str, ...] = ()
 
     @property
     def reach(self) -> int:
@@ -90,7 +92,9 @@ def model_specs(
         config = read_config(control, "--control")
         kind: Kind = "memlong" if "memlong" in config else "plain"
         check_control(control, config, main)
-        specs.append(deployed(ModelSpec(CONTROL, control, control, kind, main.window, config=config), memlong))
+        differs = training_differences(config, main.config)
+        spec = ModelSpec(CONTROL, control, control, kind, main.window, config=config, differs=differs)
+        specs.append(deployed(spec, memlong))
     if random_retrieval:
         specs.append(ModelSpec(RANDOM, main.path, main.source, "memlong", main.window, True, main.config))
     source = backbone or model
@@ -128,12 +132,36 @@ def check_control(path: Path, config: Mapping[str, Any], main: ModelSpec) -> Non
     """Raises:
     EvaluationError: if the model was trained with memory, or has another window.
     """
-    training = (config.get("memlong_adapter") or {}).get("training", {})
-    if training.get("settings", {}).get("with_memory"):
+    if training_settings(config).get("with_memory"):
         raise EvaluationError(f"--control {path} was trained with memory: train it with finetune --no-memory")
     window = config.get("memlong", {}).get("local_window", main.window)
     if window != main.window:
         raise EvaluationError(f"--control {path} has a local window of {window}, --model one of {main.window}")
+
+
+def training_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's configuration says of how its adapter was trained, if it has one that says it."""
+    return (config.get("memlong_adapter") or {}).get("training") or {}
+
+
+def training_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``finetune``; none if something else trained the adapter."""
+    settings = training_of(config).get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+# Settings of a training that are not its own, or do not change what is learned.
+NOT_DECISIVE = {"with_memory", "keep_features", "checkpointing", "save_every"}
+
+
+def training_differences(control: Mapping[str, Any], main: Mapping[str, Any]) -> tuple[str, ...]:
+    """In what the training of a control was not the main model's, beside memory; "not known" if one has no record."""
+    theirs, ours = training_settings(control), training_settings(main)
+    if not (theirs and ours):
+        return () if training_of(control) == training_of(main) else ("not known",)
+    names = sorted((theirs.keys() & ours.keys()) - NOT_DECISIVE)
+    texts = [] if training_of(control).get("train") == training_of(main).get("train") else ["texts"]
+    return (*(name for name in names if theirs.get(name) != ours.get(name)), *texts)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -169,6 +197,7 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         "random_retrieval": spec.random_retrieval,
         "group": spec.group,
         "changes": spec.changes or None,
+        **({"training_differs": list(spec.differs)} if spec.differs else {}),
         "local_window": spec.window,
         "trained_length": trained,
         "memlong": block if spec.kind == "memlong" else None,
@@ -180,8 +209,7 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
 
 def is_stripped(spec: ModelSpec) -> bool:
     """Whether a baseline's weights were trained with a memory that was taken away, which flatters the memory."""
-    settings = ((spec.config.get("memlong_adapter") or {}).get("training") or {}).get("settings", {})
-    return spec.kind == "plain" and bool(settings.get("with_memory"))
+    return spec.kind == "plain" and bool(training_settings(spec.config).get("with_memory"))
 
 
 def model_name(folder: Path) -> str:

@@ -87,9 +87,12 @@ class Perplexity:
     def stretch(self, text: Text, window: int) -> list[int]:
         """The tokens that sequences of one window are taken from: :attr:`max_length` of them, less
         where the text ends."""
-        num = self.max_length - len(self.prefix)
-        start = self.offset + window * num
-        return text.token_ids[start : start + num]
+        start = self.start(window)
+        return text.token_ids[start : start + self.max_length - len(self.prefix)]
+
+    def start(self, window: int) -> int:
+        """Of a text, the token at which its stretches begin."""
+        return self.offset + window * (self.max_length - len(self.prefix))
 
     def _sequence(self, text: Text, window: int, length: int) -> list[int] | None:
         stretch, num = self.stretch(text, window), length - len(self.prefix)
@@ -185,7 +188,7 @@ def check(task: Perplexity) -> None:
                     where = f"stretch {window + 1} of {task.windows}" if task.windows > 1 else "the text"
                     print(
                         f"SKIPPED: {text.name} has {len(text.token_ids)} tokens; {where} (from token "
-                        f"{task.offset + window * task.max_length}) has {held}, too few for {length}",
+                        f"{task.start(window)}) has {held}, too few for {length}",
                         file=sys.stderr,
                     )
     if not num_used:

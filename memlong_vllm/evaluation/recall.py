@@ -205,7 +205,7 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
     main, sizes = specs[0], memory_sizes_of(arguments, specs[0])
     tokenizer = load_tokenizer(main.source)
     texts = read_texts(arguments.texts, tokenizer)
-    block = main.config["memlong"]
+    blocks = [spec.config["memlong"] for spec in specs if spec.kind == "memlong"]
     prefix = beginning(tokenizer)
     task = Recall(
         tokenizer=tokenizer,
@@ -221,8 +221,9 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
         sizes=sizes,
         top_k=arguments.top_k,
         num_keys=arguments.keys,
-        min_distance=0 if arguments.allow_window else block["local_window"] + block["chunk_size"],
-        stride=block["retrieval_stride"],
+        # Out of every model's sight: all are asked the same.
+        min_distance=0 if arguments.allow_window else max(b["local_window"] + b["chunk_size"] for b in blocks),
+        stride=max(block["retrieval_stride"] for block in blocks),
         seed=arguments.seed,
     )
     say_what_is_left_out(task)

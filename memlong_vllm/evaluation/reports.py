@@ -94,6 +94,8 @@ def _model(description: dict[str, Any]) -> str:
     notes = ", chunks chosen by chance" if description["random_retrieval"] else ""
     if description.get("is_stripped"):
         notes += "; its weights were trained with the memory that it does not have here, so the fair one is --backbone"
+    if differs := description.get("training_differs"):
+        notes += f"; **its training was not the model's**: {', '.join(differs)}"
     return f"{name}, {kinds[description['attention']]}{notes}"
 
 

@@ -71,7 +71,8 @@ class VllmScorer:
     def _memlong(self, spec: ModelSpec, settings: ScorerSettings) -> dict[str, Any]:
         memory, _ = resolve(MemLongConfig.from_pretrained(spec.path), {"memlong": settings.memlong})
         entry = dict(settings.memlong) | {"trace_file": str(self._trace)}
-        entry |= {"max_memory_size": max(settings.memory_size or 0, memory.memory_size)}
+        if (most := max(settings.memory_size or 0, memory.memory_size)) > 0:  # A control's memory is off.
+            entry |= {"max_memory_size": most}
         entry |= {"max_top_k": max(settings.top_k or 0, memory.top_k)}
         if spec.random_retrieval:
             entry["retriever"] = dict(entry.get("retriever") or {}) | {"model": RANDOM_EMBEDDER}
