@@ -35,7 +35,7 @@ def parser(description: str | None, engines: Sequence[str] = ALL) -> argparse.Ar
     made.add_argument("--dtype", choices=DTYPE_BYTES, default="float32")
     made.add_argument("--compiled", action="store_true", help="without enforce_eager")
     made.add_argument("--step-tokens", type=int, default=2048, help="max_num_batched_tokens")
-    made.add_argument("--kv-gib", type=float, default=4, help="each engine's KV cache at most")
+    made.add_argument("--kv-gib", type=float, default=3, help="each engine's KV cache (and bank) at most")
     made.add_argument("--memlong", type=json.loads, default={}, help="deployment settings of MemLong, JSON")
     made.add_argument("--output", type=Path, required=True, help="results; an unfinished run is gone on with")
     made.add_argument("--overwrite", action="store_true", help="begin anew")

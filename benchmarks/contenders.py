@@ -7,8 +7,8 @@ All of them have the same backbone, the one inside the MemLong checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,43 @@ from memlong_vllm.config import GIB, MemLongConfig, max_sequence_slots
 from memlong_vllm.evaluation.plain_backbone import plain_backbone
 
 MEMLONG, FULL, WINDOW, AUTHORS, FP8, INT8 = "memlong", "full", "window", "authors", "fp8", "int8"
+OFF = "off"
 TITLES = {
     MEMLONG: "MemLong",
     FULL: "full attention, stock vLLM",
     FP8: "full attention, fp8 KV cache",
     INT8: "full attention, int8 KV cache",
     WINDOW: "sliding window only, stock vLLM",
+    OFF: "MemLong that remembers nothing (memory_size 0): its attention, and no memory",
     AUTHORS: "the authors' loop in transformers",
 }
 KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Workloads whose prompts are known but for their ends; and those whose texts should stay from repetition to
+# repetition, or much would be computed again that nobody measures.
+KNOWN, LASTING = ("decode", "document", "spread", "aligned"), ("decode",)
 # Blocks of the KV cache have at most so many tokens; a window needs one more at either end.
 BLOCK_TOKENS = 128
 WARM_UP_ANSWER = 4
+# Engines of this package, and those whose KV cache needs a window only.
+OURS, WINDOWED = (MEMLONG, OFF), (MEMLONG, OFF, WINDOW)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How engines are set up, alike for all. ``kv_bytes``: of each one's KV cache at most."""
+    """How engines are set up, alike for all. ``kv_bytes``: of each one's KV cache, MemLong's bank included, at
+    most; engines with a window get what that needs at least."""
 
     dtype: str = "float32"
     enforce_eager: bool = True
     max_num_batched_tokens: int = 2048
     kv_bytes: int = 4 * GIB
     memlong: dict[str, Any] | None = None
+
+
+def _in_blocks(cell: Cell, num_tokens: int) -> int:
+    """Tokens of whole blocks, with one that vLLM keeps and one that is being filled for each sequence."""
+    return num_tokens + 2 * (cell.batch + 1) * BLOCK_TOKENS
 
 
 class Contenders:
@@ -71,13 +84,13 @@ class Contenders:
         return {
             name: {"title": TITLES[name], "checkpoint": self._checkpoint.name}
             | ({"memlong": block} if name in (MEMLONG, AUTHORS) else {})
-            | ({"local_window": self.memory.local_window} if name == WINDOW else {})
+            | ({"local_window": self.memory.local_window} if name in (WINDOW, OFF) else {})
             for name in self.names
         }
 
     def why_not(self, name: str, cell: Cell) -> str | None:
         """Why an engine cannot do a cell, or None if it can, as far as is known without trying."""
-        if name == AUTHORS and cell.batch > 1 and cell.workload != "document":
+        if name == AUTHORS and cell.batch > 1:
             return "the loop takes one sequence at a time"
         if name in (FULL, *KV_DTYPES):
             needed, limit = self._padded(cell.longest) * self._token_bytes(name), self.options.kv_bytes
@@ -109,7 +122,7 @@ class Contenders:
         return min(longest - WARM_UP_ANSWER, self.memory.local_window + 3 * self.memory.retrieval_stride)
 
     def model(self, name: str) -> Path:
-        if name in (MEMLONG, AUTHORS):
+        if name in (*OURS, AUTHORS):
             return self._checkpoint
         window = self.memory.local_window if name == WINDOW else None
         folder = self._folder / ("window" if name == WINDOW else "full")
@@ -135,29 +148,41 @@ class Contenders:
             settings["hf_overrides"] = {"max_position_embeddings": max_model_len}
         if name in KV_DTYPES:
             settings["kv_cache_dtype"] = KV_DTYPES[name]
-        if name == MEMLONG:
-            settings["additional_config"] = {"memlong": {"bank_gib": self._bank_gib()} | (options.memlong or {})}
+        if name in OURS:
+            memlong = {"bank_gib": self._bank_bytes(name) / GIB} | (options.memlong or {})
+            settings["additional_config"] = {"memlong": memlong | ({"memory_size": 0} if name == OFF else {})}
         return settings
 
     def kv_bytes(self, name: str) -> int:
         """Of the KV cache: for all sequences of the largest cell, within the limit. Engines with a
-        window get as much as full attention: blocks that they no longer need hold prefixes."""
+        window get as much as full attention where prompts are known: blocks that left the window hold prefixes."""
         cells, token_bytes = self._cells[name], self._token_bytes(name)
-        wanted = max(cell.kv_tokens + 2 * (cell.batch + 1) * BLOCK_TOKENS for cell in cells) * token_bytes
-        wanted = min(wanted, self.options.kv_bytes)
-        if name in (MEMLONG, WINDOW):
-            held = self.memory.local_window + self.options.max_num_batched_tokens + 2 * BLOCK_TOKENS
-            wanted = max(wanted, (max(cell.batch for cell in cells) + 1) * held * token_bytes)
-        return wanted
+        limit = self.options.kv_bytes - (self._bank_bytes(name) if name == MEMLONG else 0)
+        if name not in WINDOWED:
+            return min(self._together(cells, lambda cell: _in_blocks(cell, cell.kv_tokens)) * token_bytes, limit)
+        least = max(cell.batch * self._window_tokens(cell) for cell in cells)
+        least += self.options.max_num_batched_tokens + BLOCK_TOKENS
+        known = [cell for cell in cells if cell.workload in KNOWN]
+        wanted = self._together(known, lambda cell: _in_blocks(cell, cell.kv_tokens)) if known else 0
+        return max(min(wanted * token_bytes, limit), least * token_bytes)
 
-    def _bank_gib(self) -> float:
-        slot_bytes = self.memory.chunk_size * self._token_bytes(MEMLONG) // self.config.num_hidden_layers
-        step = self.options.max_num_batched_tokens
-        slots = max(
-            (cell.batch + 1) * max_sequence_slots(self.memory, cell.longest, step) for cell in self._cells[MEMLONG]
-        )
-        longest = max(cell.longest for cell in self._cells[MEMLONG])
-        return max(slots, max_sequence_slots(self.memory, longest, step) + 1) * slot_bytes / GIB
+    def _window_tokens(self, cell: Cell) -> int:
+        """That a sequence of a windowed engine holds, but for those of a step."""
+        return min(cell.longest, self.memory.local_window) + 2 * BLOCK_TOKENS
+
+    @staticmethod
+    def _together(cells: Sequence[Cell], size: Callable[[Cell], int]) -> int:
+        """Of what must be held at once: of all cells whose texts are the same in every repetition, or one other."""
+        lasting = [size(cell) for cell in cells if cell.workload in LASTING]
+        return max([sum(lasting), *(size(cell) for cell in cells if cell.workload not in LASTING)])
+
+    def _bank_bytes(self, name: str) -> int:
+        slot_bytes = self.memory.chunk_size * self._token_bytes(name) // self.config.num_hidden_layers
+        cells, step = self._cells[name], self.options.max_num_batched_tokens
+        memory = replace(self.memory, memory_size=0) if name == OFF else self.memory
+        slots = self._together(cells, lambda cell: cell.batch * max_sequence_slots(memory, cell.longest, step))
+        longest = max(cell.longest for cell in cells)
+        return (slots + max_sequence_slots(memory, longest, step) + 1) * slot_bytes
 
     def _token_bytes(self, name: str) -> int:
         """Of a token's keys and values in all layers."""

@@ -42,6 +42,10 @@ Loader = Callable[[Path, dict[str, Any]], LoadedEngine]
 """(model, settings) -> the engine; a function of a module, called in the new process."""
 
 
+# Of anything that an engine is asked: one that takes longer hangs.
+ANSWER_S = 4 * 3600.0
+
+
 class EngineProcess:
     """One engine; measures on request.
 
@@ -92,6 +96,8 @@ class EngineProcess:
 
     def _receive(self) -> dict[str, Any]:
         try:
+            if not self._connection.poll(ANSWER_S):
+                raise EngineError(f"the engine did not answer within {ANSWER_S:,.0f} s")
             reply: dict[str, Any] = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(10)

@@ -24,9 +24,6 @@ class ExampleText:
         ids = tokenizer(DOCUMENT.read_text(encoding="utf-8"))["input_ids"]
         self._tokens = [token % vocab_size for token in ids]
 
-    def __len__(self) -> int:
-        return len(self._tokens)
-
     def prompt(self, pieces: Sequence[Piece]) -> list[int]:
         return [token for piece in pieces for token in self._piece(*piece)]
 

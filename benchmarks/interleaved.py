@@ -43,6 +43,8 @@ class InterleavedRun:
     def __init__(self, file: MeasurementFile, contenders: Contenders, measure: Measure, turns: Turns) -> None:
         self._file, self._contenders, self._measure, self._turns = file, contenders, measure, turns
         self._running: dict[str, EngineProcess] = {}
+        self._setups: dict[str, int] = {}
+        self._failed: set[tuple[str, Cell]] = set()
         self._broken: dict[str, str] = {}
 
     def run(self, cells: Sequence[Cell]) -> None:
@@ -60,29 +62,46 @@ class InterleavedRun:
         key = {"engine": name, **cell.key}
         row = key | {"repetition": repetition}
         skipped = key | {"repetition": None}
-        if self._file.has(row) or (self._file.has(skipped) and not self._turns.retry):
+        if self._file.has(row) or self._is_left_out(skipped) or (name, cell) in self._failed:
             return
-        reason = self._broken.get(name) or self._contenders.why_not(name, cell) or self._too_slow(name, cell)
-        if reason is None:
+        reason = self._contenders.why_not(name, cell) or self._too_slow(name, cell)
+        if reason is None and name in self._broken:
+            reason, skipped = self._broken[name], skipped | {"failed": True}
+        elif reason is None:
             try:
                 engine, began = self._engine(name), time.perf_counter()
                 measures = self._measure(name, engine, cell, repetition)
                 fits = self._contenders.fitting(name, cell)
-                self._save(row | {"elapsed_s": time.perf_counter() - began, "fits": fits} | measures)
+                spent = {"elapsed_s": time.perf_counter() - began, "setup": self._setups[name], "fits": fits}
+                self._save(row | spent | measures)
                 return
             except EngineError as error:
-                reason = self._broken[name] = str(error)
-                if name in self._running:
-                    self._running.pop(name).stop()
+                reason = str(error)
+                self._fail(name, cell, reason)
+                skipped = skipped | {"failed": True}
         if not self._file.has(skipped):
             self._save(skipped | {"skipped": reason})
+
+    def _is_left_out(self, skipped: dict[str, Any]) -> bool:
+        """Whether a cell was skipped for a reason that lasts: not that an engine failed, in this run or one before."""
+        rows = [row for row in self._file.rows if row.items() >= skipped.items()]
+        return bool(rows) and not self._turns.retry and not all(row.get("failed") for row in rows)
+
+    def _fail(self, name: str, cell: Cell, reason: str) -> None:
+        """An engine that fails is started again for the next cell; one that does not start stays out of this run."""
+        self._failed.add((name, cell))
+        if name in self._running:
+            self._running.pop(name).stop()
+        else:
+            self._broken[name] = reason
 
     def _engine(self, name: str) -> EngineProcess:
         if name not in self._running:
             print(f"starting {name}", flush=True)
             self._running[name] = self._contenders.start(name)
             self._contenders.warm_up(name, self._running[name])
-            self._file.add_engine(name, self._contenders.settings(name), self._running[name].facts)
+            settings, facts = self._contenders.settings(name), self._running[name].facts
+            self._setups[name] = self._file.add_engine(name, settings, facts)
         return self._running[name]
 
     def _too_slow(self, name: str, cell: Cell) -> str | None:

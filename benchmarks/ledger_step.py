@@ -23,6 +23,7 @@ class DecodingSequences:
 
     def __init__(self, config: MemoryConfig, number: int, length: int, num_steps: int) -> None:
         self._top_k = config.top_k
+        self._num_searches = 0
         longest = length + config.retrieval_stride + num_steps
         slots = number * max_sequence_slots(config, longest, STEP_TOKENS)
         self._ledger = Ledger(config, slots, STEP_TOKENS)
@@ -34,14 +35,11 @@ class DecodingSequences:
                 self._ledger.free_retired()
                 self._ledger.advance(request_id, start, min(start + STEP_TOKENS, end), self._search)
             self._positions[request_id] = end
-        self._num_searches = 0
 
     def _search(self, retrieval: Retrieval, chunk_ids: list[int]) -> Found:
         """No search at all: that is measured in the engine."""
         self._num_searches += 1
         return [(chunk_id, 0.0) for chunk_id in chunk_ids[: self._top_k]]
-
-    _num_searches = 0
 
     def step(self) -> tuple[StepPlan, int]:
         """What :class:`memlong_vllm.scheduler.scheduler.MemLongScheduler` does in a step, but for

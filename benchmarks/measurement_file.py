@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import engine_patches
+import memlong_vllm
 from memlong_vllm.evaluation.results import ResultsFile, Row, read_results
 from memlong_vllm.evaluation.scoring import EvaluationError
 
@@ -43,8 +47,11 @@ class MeasurementFile(ResultsFile):
                     "compared; name another file or add --overwrite"
                 )
         super()._resume(found)
-        for name in ("machine", "engines"):
-            self.content[name] = found[name]
+        self.content["machine"] = found["machine"]
+        # Of older files, whose rows name no start, it is the last.
+        self.content["engines"] = {
+            name: [setups] if isinstance(setups, dict) else setups for name, setups in found["engines"].items()
+        }
 
     def _write(self) -> None:
         # Rows stay the last field.
@@ -56,9 +63,23 @@ class MeasurementFile(ResultsFile):
     def _command_line(self) -> str:
         return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
-    def add_engine(self, name: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Note how an engine was set up; the last start counts."""
-        self.content["engines"][name] = {"settings": settings, "facts": facts}
+    def add_engine(self, name: str, settings: dict[str, Any], facts: dict[str, Any]) -> int:
+        """Note how an engine was set up, and by which code. Returns the number that rows name it by (``setup``)."""
+        setups: list[dict[str, Any]] = self.content["engines"].setdefault(name, [])
+        setup = {"code": code_digest(), "settings": settings, "facts": facts}
+        if setup not in setups:
+            setups.append(setup)
+        return setups.index(setup)
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of this package's sources and the benchmarks'."""
+    digest = hashlib.sha256()
+    for folder in (*(Path(package.__path__[0]) for package in (memlong_vllm, engine_patches)), Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def machine() -> dict[str, Any]:

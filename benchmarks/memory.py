@@ -3,9 +3,10 @@
     python benchmarks/memory.py --output benchmarks/results/memory.json
 
 Counted is what requests hold, from the engine's own pools, at its peak: blocks of the KV cache,
-slots of the bank, embeddings that are searched, and MemLong's buffers. What an engine reserves is
-more, and its choice. Of the authors' loop, the tensors of its cache at the end. Numbers do not
-depend on time or chance, so one repetition is enough.
+slots of the bank, embeddings that are searched, and MemLong's buffers, which are made for the
+largest batch of the run. What an engine reserves is more, and its choice. Of the authors' loop, the
+tensors of its cache at the end. Numbers do not depend on time or chance, so one repetition is
+enough.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine_process import EngineProcess
 from throughput import salts, starts
 from token_times import TokenTimes
 
-SIZES = [(2048, 1), (8192, 1), (16384, 1), (8192, 4)]
+SIZES = [(2048, 1), (8192, 1), (16384, 1), (32768, 1), (8192, 4)]
 
 
 def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:

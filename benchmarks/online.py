@@ -20,7 +20,7 @@ from server_process import ServerProcess
 
 from memlong_vllm.evaluation.models import load_tokenizer
 
-SIZES = [(4096, 12)]
+SIZES = [(4096, 10)]
 ENGINES = (MEMLONG, WINDOW, FULL, FP8, AUTHORS)
 # Of the tokenizer's margin: prompts are cut by their tokens, and may be cut otherwise as text.
 SPARE_TOKENS = 64
@@ -69,7 +69,7 @@ class Prompts:
 def main() -> None:
     parser = command_line.parser(__doc__, ENGINES)
     parser.add_argument("--answer", type=int, default=64, help="tokens")
-    parser.add_argument("--rate", type=float, default=0.1, help="requests a second")
+    parser.add_argument("--rate", type=float, default=0.04, help="requests a second; what the slowest can just serve")
     parser.set_defaults(repetitions=2)
     arguments = parser.parse_args()
     cells = command_line.cells_of(arguments, {"online": arguments.answer + SPARE_TOKENS}, {"online": SIZES})

@@ -10,7 +10,7 @@ from summaries import MEASURES, Measure, loses_to, of, sizes, skip_reason
 from memlong_vllm.evaluation.reports import COLOURS
 
 ENGINE_COLOURS = {name: COLOURS[name] for name in ("memlong", "full", "window")}
-ENGINE_COLOURS |= {"fp8": "#d98c00", "int8": "#8e44ad", "authors": "#c0392b"}
+ENGINE_COLOURS |= {"off": "#74a9cf", "fp8": "#d98c00", "int8": "#8e44ad", "authors": "#c0392b"}
 # By batch, the smallest first.
 LOOKS = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (1, 3)), "v"))
 # By benchmark, the fields that are drawn.

@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cold-questions", type=int, default=2, help="of them, asked of the cold engine too")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--full-repetitions", type=int, default=1, help="of them, those with the full engine")
+    parser.add_argument("--full-repetitions", type=int, default=2, help="of them, those with the full engine")
     parser.add_argument("--check", action="store_true", help="compare log-probabilities of shared and cold")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
@@ -140,6 +140,8 @@ def measure(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of measurements and, if asked for, of checks."""
     rows, checks = [], []
+    for engine in engines.values():  # Kernels are compiled and threads started.
+        engine.ask(start=90_000, length=arguments.length // 4, question="", max_tokens=2, chunk_size=chunk_size)
     for repetition, number in product(range(arguments.repetitions), range(arguments.questions)):
         answers = {}
         for name in ENGINES[:: 1 if repetition % 2 == 0 else -1]:

@@ -66,7 +66,7 @@ def measurement(memory: MemoryConfig) -> Callable[[str, EngineProcess, Cell, int
     def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> dict[str, Any]:
         stride, batch = memory.retrieval_stride, cell.batch
         document_len = (cell.length // stride - 1) * stride
-        salts = [f"{cell.length} {row}" for row in range(batch)]
+        salts = [f"{cell.length} x {batch} {row}" for row in range(batch)]
         documents = [[(row * STRIDE, document_len)] for row in range(batch)]
         engine.ask(prompts=documents, max_tokens=1, salts=salts)
         endings = [stride // 2 if cell.workload == "aligned" else 1 + row * stride // batch for row in range(batch)]

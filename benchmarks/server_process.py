@@ -68,7 +68,10 @@ class ServerProcess:
         command = [str(VLLM), "serve", str(model), "--trust-remote-code", "--served-model-name", MODEL_NAME]
         command += ["--host", "127.0.0.1", "--port", self._url.rpartition(":")[2], *options(settings)]
         environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        environment |= {"VLLM_LOGGING_LEVEL": "ERROR"}
+        # All cores, as engines in a benchmark's own processes have them: by itself a server keeps one free.
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": cores} | environment | {"VLLM_LOGGING_LEVEL": "ERROR"}
+        self.facts["cores"] = environment["VLLM_CPU_OMP_THREADS_BIND"]
         self._process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
         try:
             self._wait_until_ready()

@@ -16,15 +16,16 @@ from typing import Any
 
 import command_line
 from cells import QUESTION_TOKENS, Cell
-from contenders import MEMLONG, WINDOW
+from contenders import AUTHORS, FP8, FULL, INT8, MEMLONG, OFF, WINDOW
 from engine_process import EngineProcess
 from example_text import STRIDE
 from token_times import TokenTimes
 
+ENGINES = (MEMLONG, WINDOW, OFF, FULL, FP8, INT8, AUTHORS)
 WORKLOADS = ("prefill", "decode", "document")
 SIZES = {
     "prefill": [(2048, 1), (2048, 4), (8192, 1)],
-    "decode": [(2048, 1), (2048, 8), (8192, 8)],
+    "decode": [(2048, 1), (2048, 8), (2048, 16), (8192, 8)],
     "document": [(8192, 1), (8192, 8)],
 }
 DECODED = 160  # More than a segment, so that every sequence retrieves at least once.
@@ -51,7 +52,7 @@ def prefill(name: str, engine: EngineProcess, cell: Cell, repetition: int, with_
         "prompts_s": result.prompts_s,
         "total_s": result.total_s,
     }
-    if with_known and name in (MEMLONG, WINDOW):
+    if with_known and name in (MEMLONG, OFF, WINDOW):
         again = TokenTimes(**engine.ask(max_tokens=1, forget_prefixes=True, **request))
         measures |= {"known_prefill_tokens_per_s": num_prompt / again.prompts_s, "known_counters": again.counters}
     measures |= {"peak_bytes": result.peak_bytes, "peak_bytes_total": sum(result.peak_bytes.values())}
@@ -105,7 +106,7 @@ def document(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> d
 
 
 def main() -> None:
-    parser = command_line.parser(__doc__)
+    parser = command_line.parser(__doc__, ENGINES)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--answer", type=int, default=ANSWER, help="tokens, of prefill and document")
     parser.add_argument("--decoded", type=int, default=DECODED, help="tokens, of decode")

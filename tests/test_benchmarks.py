@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cells import Cell, parse_size  # noqa: E402
 from command_line import cells_of  # noqa: E402
 from contenders import Contenders, Options  # noqa: E402
 from engine_process import EngineError  # noqa: E402
-from goals import goals  # noqa: E402
+from goals import WHOLE_STEP, goals  # noqa: E402
 from interleaved import InterleavedRun, Turns  # noqa: E402
 from ledger_step import ledger_times  # noqa: E402
 from measurement_file import MeasurementFile, read_results  # noqa: E402
@@ -130,6 +131,9 @@ class FakeEngine:
 class FakeContenders:
     names = ("memlong", "full", "fp8")
 
+    def __init__(self) -> None:
+        self.started: list[str] = []
+
     def why_not(self, name: str, cell: Cell) -> str | None:
         return "too long" if name == "full" and cell.length > 100 else None
 
@@ -140,6 +144,7 @@ class FakeContenders:
         return {}
 
     def start(self, name: str) -> Any:
+        self.started.append(name)
         if name == "fp8":
             raise EngineError("no such cache here")
         return FakeEngine()
@@ -149,16 +154,18 @@ class FakeContenders:
 
 
 class Recorder:
-    """A measure that can stop the run."""
+    """A measure that can stop the run, or an engine fail."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
+    def __init__(self, stop_at: int | None = None, fails: Sequence[tuple[str, int, int]] = ()) -> None:
         self.calls: list[tuple[str, int, int]] = []
-        self._stop_at = stop_at
+        self._stop_at, self._fails = stop_at, fails
 
     def __call__(self, name: str, engine: Any, cell: Cell, repetition: int) -> dict[str, Any]:
         if len(self.calls) == self._stop_at:
             raise KeyboardInterrupt
         self.calls.append((name, cell.length, repetition))
+        if self.calls[-1] in self._fails:
+            raise EngineError("the engine's process ended")
         return {"tokens_per_s": 1.0}
 
 
@@ -166,10 +173,12 @@ CELLS = [Cell("prefill", 64, 1, 4), Cell("prefill", 128, 1, 4)]
 EXPECTED = [("memlong", 64, 0), ("full", 64, 0), ("memlong", 128, 0), ("memlong", 64, 1), ("memlong", 128, 1)]
 
 
-def measure_all(path: Path, recorder: Recorder, turns: Turns, **settings: Any) -> MeasurementFile:
+def measure_all(
+    path: Path, recorder: Recorder, turns: Turns, contenders: FakeContenders | None = None, **settings: Any
+) -> MeasurementFile:
     models = {name: {"title": name} for name in FakeContenders.names}
     file = MeasurementFile(path, "throughput", settings, models)
-    InterleavedRun(file, FakeContenders(), recorder, turns).run(CELLS)  # type: ignore[arg-type]
+    InterleavedRun(file, contenders or FakeContenders(), recorder, turns).run(CELLS)  # type: ignore[arg-type]
     return file
 
 
@@ -192,6 +201,26 @@ def test_a_stopped_run_goes_on_and_says_what_was_left_out(tmp_path: Path) -> Non
         measure_all(path, Recorder(), turns, dtype="float32")
 
 
+def test_an_engine_that_fails_is_started_again(tmp_path: Path) -> None:
+    """For the next cell; what it did not measure is tried again by the next run."""
+    path, turns, contenders = tmp_path / "results.json", Turns(repetitions=1, fewer={"full": 0}), FakeContenders()
+    content = measure_all(path, Recorder(fails=[("memlong", 64, 0)]), turns, contenders).content
+    assert contenders.started == ["memlong", "fp8", "memlong"]
+    rows = [row for row in content["rows"] if row["engine"] == "memlong"]
+    assert [(row["length"], row.get("skipped")) for row in rows] == [(64, "the engine's process ended"), (128, None)]
+    again = Recorder()
+    content = measure_all(path, again, turns).content
+    assert again.calls == [("memlong", 64, 0)]
+    assert len([row for row in content["rows"] if row["engine"] == "memlong" and "skipped" not in row]) == 2
+    # A cell that always fails is tried once a run, and keeps no other from being measured.
+    fails, turns = [("memlong", 128, repetition) for repetition in range(3)], Turns(repetitions=3, fewer={"full": 0})
+    for calls, starts in ((4, 2), (1, 1)):
+        recorder, contenders = Recorder(fails=fails), FakeContenders()
+        rows = measure_all(tmp_path / "large.json", recorder, turns, contenders).content["rows"]
+        assert (len(recorder.calls), contenders.started.count("memlong")) == (calls, starts)
+    assert {row["repetition"] for row in rows if row["engine"] == "memlong" and row["length"] == 64} == {0, 1, 2}
+
+
 def test_what_would_take_too_long_is_left_out(tmp_path: Path) -> None:
     content = measure_all(tmp_path / "results.json", Recorder(), Turns(repetitions=1, limit_s=0.0)).content
     skipped = [row for row in content["rows"] if "would take" in row.get("skipped", "")]
@@ -202,11 +231,16 @@ def test_memory_is_given_by_need_and_refused_beyond_the_limit(model: Path, tmp_p
     small, large = Cell("prefill", 1000, 3, 24), Cell("prefill", 5000, 2, 24)
     token_bytes = 5 * 2 * 2 * 32 * 2  # Layers, keys and values, heads, head size, bfloat16.
     options = Options("bfloat16", kv_bytes=40 * 128 * token_bytes, max_num_batched_tokens=128)
-    contenders = Contenders(model, tmp_path, ["memlong", "full", "fp8", "authors"], [small, large], options)
+    names = ["memlong", "off", "full", "fp8", "authors"]
+    contenders = Contenders(model, tmp_path, names, [small, large], options)
     assert contenders.why_not("full", small) is None
     assert "GiB" in (contenders.why_not("full", large) or "")
     assert contenders.why_not("fp8", large) is None
     assert "one sequence" in (contenders.why_not("authors", small) or "")
+    # Three windows and a step; the prompts are new, so no prefixes are kept.
+    assert contenders.kv_bytes("memlong") == contenders.kv_bytes("off") == (3 * (64 + 256) + 128 + 128) * token_bytes
+    known = Contenders(model, tmp_path, ["memlong"], [Cell("decode", 1000, 3, 24)], Options("bfloat16"))
+    assert known.kv_bytes("memlong") == (3 * 1024 + 2 * 4 * 128) * token_bytes
     assert contenders.settings("full")["max_model_len"] == 1024
     assert contenders.settings("memlong")["max_model_len"] == 5024
     assert contenders.fitting("full", small) == 3
@@ -257,8 +291,8 @@ def test_goals_are_computed_from_the_rows(throughput_results: Path) -> None:
     for name, (value, is_met) in expected.items():
         assert (found[name].value, found[name].is_met) == (pytest.approx(value), is_met), name
     unknown = [goal.name for goal in found.values() if goal.is_met is None]
-    assert len(unknown) == 3
-    assert len(found) == 8
+    assert len(unknown) == 4
+    assert len(found) == 9
 
 
 def test_goals_about_retrieval() -> None:
@@ -274,7 +308,9 @@ def test_goals_about_retrieval() -> None:
     found = {goal.name: goal for goal in goals([("retrieval", rows)])}
     share = found["the retrieval step, of a step in which some sequence retrieves"]
     assert (share.value, share.is_met) == (pytest.approx(120 / 104), False)
-    assert "whole step +4.0 %" in share.detail
+    assert "the whole step +4.00 %" in share.detail
+    whole = found[WHOLE_STEP]
+    assert (whole.value, whole.is_met) == (pytest.approx(4.0), False)
     ledger = found["ledger and plan of a step, 64 sequences"]
     assert (ledger.value, ledger.is_met) == (pytest.approx(0.1), True)
 
@@ -308,13 +344,15 @@ def test_the_accounting_needs_no_weights(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_throughput_runs(model: Path, tmp_path: Path) -> None:
     words = ["--model", model, *TINY, "--lengths", 320, "--batches", 2, "--answer", 4, "--decoded", 24]
-    engines = ("memlong", "window", "authors")
+    engines = ("memlong", "window", "off", "authors")
     content = run("throughput.py", tmp_path / "throughput.json", *words, "--engines", *engines)
     rows = by_cell(content)
     workloads = ("prefill", "decode", "document")
     assert rows.keys() == {(engine, workload, 320, 2) for engine in engines for workload in workloads}
     assert "one sequence" in rows["authors", "prefill", 320, 2]["skipped"]
-    assert rows["authors", "document", 320, 2]["later_questions_per_s"] > 0
+    assert rows["authors", "document", 320, 2]["skipped"]
+    assert rows["off", "prefill", 320, 2]["counters"]["searches"] == 0
+    assert rows["off", "prefill", 320, 2]["counters"]["embedded_texts"] == 0
     prefill = rows["memlong", "prefill", 320, 2]
     assert prefill["counters"]["embedded_texts"] > 0
     # The second time everything is computed, but nothing embedded.
@@ -324,7 +362,8 @@ def test_throughput_runs(model: Path, tmp_path: Path) -> None:
     assert decode["known_prompt_tokens"] > 0
     assert decode["counters"]["embedded_texts"] > 0
     assert rows["memlong", "document", 320, 2]["known_prompt_percent"] > 50
-    assert set(content["engines"]) == set(engines)
+    assert set(content["engines"]) == {"memlong", "window", "off"}
+    assert {row["setup"] for row in rows.values() if "skipped" not in row} == {0}
     assert "MemLong / window" in write_report([tmp_path / "throughput.json"], tmp_path / "report.md")[0].read_text()
 
 
