@@ -39,7 +39,12 @@ def one_after_the_other(engine: Engine, prompts: list[list[int]]) -> list[tuple[
     return [logprobs_of(engine.generate([prompt], max_tokens=50)[0]) for prompt in prompts]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("gated", "joint")  # The other one goes the same ways and the adapter's.
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIANTS]
+)
 def test_the_bank_may_be_in_host_memory(
     start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int], variant: str
 ) -> None:

@@ -144,6 +144,7 @@ def shard(checkpoint: Path) -> None:
     (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+@pytest.mark.slow
 def test_engine_and_reference_agree_on_variants(
     evaluate: Evaluate, checkpoints: Checkpoints, model: Path, tmp_path: Path
 ) -> None:
