@@ -175,16 +175,28 @@ def test_a_request_for_an_unknown_memory_fails_alone(start_engine: Any, model: P
 def test_abort_at_any_time_leaves_nothing(start_engine: Any, model: Path, tokens: list[int]) -> None:
     engine: Engine = start_engine(model)
     request_ids = [engine.add(tokens[i * 300 : i * 300 + 250], max_tokens=50) for i in range(6)]
+    aborted: dict[str, str] = {}
+    held: list[int] = []
 
     def abort(step: int) -> None:
-        if step in (0, 2, 7, 15):
-            held.append(engine.scheduler.memory_stats()["slots_used"])
-            engine.llm.llm_engine.abort_request([request_ids.pop()])
+        """The oldest request: before its first step, while embedded, within its prompt, in its answer."""
+        stats, running = engine.scheduler.memory_stats(), engine.scheduler.running
+        moments = {
+            "before": step == 0,
+            "embedded": stats["pending_embeddings"] > 0 and not running,
+            "prompt": any(0 < request.num_computed_tokens < 250 for request in running),
+            "answer": any(request.num_computed_tokens > 250 for request in running),
+        }
+        moment = next((name for name, reached in moments.items() if reached and name not in aborted), None)
+        if moment is not None:
+            held.append(stats["slots_used"])
+            aborted[moment] = running[0].request_id.rsplit("-", 1)[0] if running else request_ids[len(aborted)]
+            engine.llm.llm_engine.abort_request([aborted[moment]])
 
-    held: list[int] = []
     finished = engine.run(abort)
+    assert list(aborted) == ["before", "embedded", "prompt", "answer"]
     assert held[-1] > 0
-    assert set(finished) == set(request_ids)
+    assert set(finished) == set(request_ids) - set(aborted.values())
     engine.step()
     engine.assert_empty()
 
