@@ -12,7 +12,7 @@ from typing import Any
 
 from cells import Cell, Size, parse_size
 from contenders import AUTHORS, DTYPE_BYTES, FP8, FULL, INT8, MEMLONG, TITLES, WINDOW, Contenders, Options
-from interleaved import InterleavedRun, Measure, Turns
+from interleaved import InterleavedRun, MeasureCell, Turns
 from measurement_file import MeasurementFile
 
 from memlong_vllm.config import GIB
@@ -67,7 +67,7 @@ def run(
     benchmark: str,
     arguments: argparse.Namespace,
     cells: Sequence[Cell],
-    measure: Measure,
+    measure: MeasureCell,
     kind: type[Contenders] = Contenders,
     **settings: Any,
 ) -> MeasurementFile:

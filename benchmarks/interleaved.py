@@ -12,7 +12,7 @@ from contenders import Contenders
 from engine_process import EngineError, EngineProcess
 from measurement_file import MeasurementFile
 
-Measure = Callable[[str, EngineProcess, Cell, int], dict[str, Any]]
+MeasureCell = Callable[[str, EngineProcess, Cell, int], dict[str, Any]]
 """(engine's name, engine, cell, repetition) -> the measures of a row."""
 
 
@@ -40,7 +40,7 @@ class InterleavedRun:
     slows all of them alike. Which goes first changes from repetition to repetition, each of which
     has all cells, so that lengths can be compared as well as engines."""
 
-    def __init__(self, file: MeasurementFile, contenders: Contenders, measure: Measure, turns: Turns) -> None:
+    def __init__(self, file: MeasurementFile, contenders: Contenders, measure: MeasureCell, turns: Turns) -> None:
         self._file, self._contenders, self._measure, self._turns = file, contenders, measure, turns
         self._running: dict[str, EngineProcess] = {}
         self._setups: dict[str, int] = {}

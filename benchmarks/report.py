@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from accounting_report import accounting_tables
+from cells import Size
 from goals import goals, retrieval_costs
 from measurement_file import read_results
 from plots import FIGURES, draw
-from summaries import MEASURES, Measure, Size, Spread, loses_to, measured, of, ratio, sizes, skip_reason
+from summaries import MEASURES, Measure, Spread, loses_to, measured, of, ratio, sizes, skip_reason
 
 from memlong_vllm.evaluation.reports import markdown_table
 

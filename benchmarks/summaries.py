@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cells import Size
+
 Row = dict[str, Any]
-Size = tuple[int, int]
-"""(length, batch)"""
 # What a user could serve instead; the window alone forgets, so it is a yardstick and no alternative.
 ALTERNATIVES = ("full", "fp8", "int8", "authors")
 

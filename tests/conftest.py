@@ -24,7 +24,7 @@ from tests.checkpoints import Checkpoints, novel
 from tests.engines import Engine, Reference
 
 # Few tests, minutes each: begun first, so that no worker is left alone with them.
-LONGEST = ("test_engine_processes", "test_demo_model", "test_memory_http", "test_server", "test_benchmarks")
+LONGEST = ("test_engine_processes", "test_demo_model", "test_memory_http", "test_server", "test_benchmark_scripts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
