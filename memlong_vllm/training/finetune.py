@@ -70,10 +70,7 @@ def _prepare(
     settings.check_model(model.config.memory)
     tokenizer = AutoTokenizer.from_pretrained(job.model, config=model.config)
     documents, valid_documents = make_documents(tokenizer)
-    streams = accelerator.num_processes * settings.rows
-    if len(documents) < streams:
-        raise TextsError(f"{len(documents)} training texts are too few for {streams} rows: lower --rows")
-    check_reading(documents, valid_documents, settings, model.config.memory)
+    check_reading(documents, valid_documents, settings, model.config.memory, accelerator.num_processes)
     base = backbone_identity(model.state_dict(), model.config)
     identity = run_identity(job, settings, base, model, documents, valid_documents, accelerator)
     trained = select_trained(model, settings.parts, settings.with_memory)
@@ -107,9 +104,18 @@ def _prepare(
 
 
 def check_reading(
-    train: Sequence[Document], valid: Sequence[Document], settings: FinetuneSettings, memory: MemoryConfig
+    train: Sequence[Document],
+    valid: Sequence[Document],
+    settings: FinetuneSettings,
+    memory: MemoryConfig,
+    num_processes: int = 1,
 ) -> None:
-    """Raises TextsError if nothing can ever be retrieved, so that memory would learn nothing, or nobody see it."""
+    """Raises TextsError if texts are too few for the rows of all processes, or if nothing can ever be
+    retrieved, so that memory would learn nothing, or nobody see it."""
+    if len(train) < num_processes * settings.rows:
+        raise TextsError(
+            f"{len(train)} training texts are too few for {num_processes * settings.rows} rows: lower --rows"
+        )
     least, segment = least_tokens(memory), settings.segment_tokens
     beyond = memory.local_window + memory.chunk_size - memory.retrieval_stride
     if memory.memory_size < beyond and (settings.with_memory or valid):
