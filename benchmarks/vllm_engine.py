@@ -12,6 +12,8 @@ from typing import Any
 from example_text import ExampleText, Piece
 from token_times import TokenTimes
 
+# Buffers whose size nothing changes.
+FIXED = ("working_set", "staging", "adapted")
 COUNTERS = ("holds", "held_seconds", "preemptions", "prefix_hit_tokens", "searches", "search_seconds")
 COUNTERS += ("embedding_requests", "embedding_cache_hits", "embedded_texts", "embed_seconds")
 
@@ -54,7 +56,7 @@ class VllmEngine:
         observe_steps(self._scheduler, self._steps)
         if self._is_memlong:
             stats = self._scheduler.memory_stats()
-            self._fixed_bytes = {name: stats[f"bytes_{name}"] for name in ("bank", "working_set", "staging")}
+            self._fixed_bytes = {name: stats[f"bytes_{name}"] for name in ("bank", *FIXED)}
 
     def describe(self) -> dict[str, Any]:
         cache = self._llm.llm_engine.vllm_config.cache_config
@@ -135,7 +137,7 @@ class VllmEngine:
             slots, memories = self._scheduler.ledger.pool, self._scheduler._memories.values()
             used["bank"] = (slots.num_slots - slots.num_available) * self._fixed_bytes["bank"] // slots.num_slots
             used["index"] = sum(memory.retriever.num_index_bytes for memory in memories)
-            used |= {name: self._fixed_bytes[name] for name in ("working_set", "staging")}
+            used |= {name: self._fixed_bytes[name] for name in FIXED}
         if sum(used.values()) > sum(peak.values()):
             peak.update(used)
 

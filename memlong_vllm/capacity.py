@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from memlong_vllm.config import (
+    DEFAULT_ADAPTED_TOKENS,
     DEFAULT_STAGING_TOKENS,
     GIB,
     MemoryConfig,
@@ -155,8 +156,10 @@ def variants(config: LlamaConfig, memory: MemoryConfig, setup: Setup) -> list[Va
     index = {"search index": -(-setup.context // memory.chunk_size) * setup.embedding_dimension * 4}
     retrieved = working_set_tokens(memory) * token_bytes(config, setup)
     staged = max(memory.top_k * memory.chunk_size, DEFAULT_STAGING_TOKENS)
+    kept = 0 if memory.memory_adapter is None else max(staged, DEFAULT_ADAPTED_TOKENS) * len(memory.retrieval_layers)
     staging = {
         "staging": staged * token_bytes(config, setup),
+        "adapted chunks": kept * token_bytes(config, setup),
         "step buffers": step_buffer_bytes(setup.max_num_batched_tokens, memory.top_k),
     }
     full, window = full_spec(config, setup, setup.kv_cache_dtype), window_spec(config, memory, setup)

@@ -22,6 +22,7 @@ GIB = 1 << 30
 ARCHITECTURE = "MemLongForCausalLM"
 BANK_DEVICES = ("device", "cpu")
 DEFAULT_STAGING_TOKENS = 8192
+DEFAULT_ADAPTED_TOKENS = 32768
 # Frequencies that depend on the length: stored keys would have to be rotated anew as it grows.
 UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
@@ -38,6 +39,8 @@ class DeploymentConfig:
             accessed in place by a GPU.
         staging_tokens: tokens whose keys and values prefills copy out of the bank at once, at
             least ``top_k * chunk_size``; by default that or 8192, whichever is more.
+        adapted_tokens: tokens whose keys and values are kept as ``memory_adapter`` made them, for each
+            retrieval layer, at least as many as staging holds; by default that or 32768.
         retriever_path: folder or hub name that takes the place of ``retriever.model``.
         retriever_device: torch device of the embedder, for example ``"cpu"`` or ``"cuda:0"``.
         retriever_batch_size: texts embedded in one forward pass. By default 1 on a CPU, where
@@ -56,6 +59,7 @@ class DeploymentConfig:
     bank_gib: float = 4.0
     bank_device: str = "device"
     staging_tokens: int | None = None
+    adapted_tokens: int | None = None
     retriever_path: str | None = None
     retriever_device: str = "cpu"
     retriever_batch_size: int | None = None
@@ -77,8 +81,8 @@ class DeploymentConfig:
                 raise MemoryConfigError(name, value, "must be a positive number of GiB")
         if self.bank_device not in BANK_DEVICES:
             raise MemoryConfigError("bank_device", self.bank_device, f"must be one of {BANK_DEVICES}")
-        counts = ("retriever_batch_size", "retriever_cache_size", "staging_tokens", "max_memory_size", "max_top_k")
-        for name in (*counts, "memory_quota_names"):
+        counts = ("retriever_batch_size", "retriever_cache_size", "staging_tokens", "adapted_tokens", "max_memory_size")
+        for name in (*counts, "max_top_k", "memory_quota_names"):
             value = getattr(self, name)
             by_default = name != "retriever_cache_size" and value is None
             if not by_default and (type(value) is not int or value < 1):
@@ -114,7 +118,7 @@ def resolve(hf_config: MemLongConfig, additional_config: dict[str, Any]) -> tupl
     if deployment.retriever_path is not None and isinstance(block["retriever"], dict):
         block["retriever"]["model"] = deployment.retriever_path
     memory = MemoryConfig.from_dict(block, hf_config.num_hidden_layers)
-    num_staging_tokens(request_limits(memory, deployment), deployment)
+    num_adapted_tokens(request_limits(memory, deployment), deployment)
     return memory, deployment
 
 
@@ -134,6 +138,22 @@ def num_staging_tokens(memory: MemoryConfig, deployment: DeploymentConfig) -> in
         rule = f"must be at least top_k * chunk_size ({largest_set})"
         raise MemoryConfigError("staging_tokens", deployment.staging_tokens, rule)
     return deployment.staging_tokens
+
+
+def num_adapted_tokens(memory: MemoryConfig, deployment: DeploymentConfig) -> int:
+    """Tokens that are kept as each retrieval layer's adapter made them; 0 without adapters. The bank may have fewer.
+
+    Args:
+        memory: the settings of a request that asks for as much as it may.
+
+    Raises:
+        MemoryConfigError: if the deployment's number is below what staging holds, or that is too small.
+    """
+    staged = num_staging_tokens(memory, deployment)
+    asked = deployment.adapted_tokens
+    if asked is not None and asked < staged:
+        raise MemoryConfigError("adapted_tokens", asked, f"must be at least staging_tokens ({staged})")
+    return 0 if memory.memory_adapter is None else asked or max(staged, DEFAULT_ADAPTED_TOKENS)
 
 
 def request_limits(memory: MemoryConfig, deployment: DeploymentConfig) -> MemoryConfig:
@@ -197,6 +217,13 @@ def bank_slots(vllm_config: VllmConfig) -> int:
     return min(fitting, (one + named) * scheduler_config.max_num_seqs)
 
 
+def adapted_chunks(vllm_config: VllmConfig) -> int:
+    """Chunks that each retrieval layer keeps as its adapter made them."""
+    memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+    kept = num_adapted_tokens(request_limits(memory, deployment), deployment) // memory.chunk_size
+    return min(kept, bank_slots(vllm_config))
+
+
 def working_set_tokens(memory: MemoryConfig) -> int:
     """Tokens whose keys and values the working set holds for one sequence: a retrieved set, once
     for each retrieval layer if these make their own of it."""
@@ -215,7 +242,7 @@ def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
 
     Returns:
         ``bank``, in the place ``bank_device`` says; ``working_set``, the retrieved chunks of
-        ``max_num_seqs`` decoding sequences, ``staging`` and ``step_buffers``, on the device.
+        ``max_num_seqs`` decoding sequences, ``staging``, ``adapted`` and ``step_buffers``, on the device.
     """
     memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
     memory = request_limits(memory, deployment)
@@ -223,6 +250,7 @@ def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
         "bank": bank_slots(vllm_config) * memory.chunk_size,
         "working_set": vllm_config.scheduler_config.max_num_seqs * working_set_tokens(memory),
         "staging": num_staging_tokens(memory, deployment),
+        "adapted": adapted_chunks(vllm_config) * memory.chunk_size * len(memory.retrieval_layers),
     }
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     kept = {name: count * _token_bytes(vllm_config) for name, count in tokens.items()}

@@ -24,7 +24,15 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
-from memlong_vllm.config import MemLongConfig, MemoryConfig, bank_slots, num_staging_tokens, request_limits, resolve
+from memlong_vllm.config import (
+    MemLongConfig,
+    MemoryConfig,
+    adapted_chunks,
+    bank_slots,
+    num_staging_tokens,
+    request_limits,
+    resolve,
+)
 from memlong_vllm.local_attention import choose_backend, window_backend
 from memlong_vllm.retrieval_attention import MemoryStore, RetrievalAttention
 from memlong_vllm.worker.adaptation import Adaptation
@@ -194,7 +202,14 @@ def make_step_memory(vllm_config: VllmConfig, layers: Sequence[RetrievalAttentio
         adaptation = Adaptation(layers, heads, staging_tokens, tensor_model_parallel_all_gather, memory.chunk_size)
     scheduler = vllm_config.scheduler_config
     return StepMemory(
-        bank, scheduler.max_num_seqs, limits.top_k, scheduler.max_num_batched_tokens, staging_tokens, heads, adaptation
+        bank,
+        scheduler.max_num_seqs,
+        limits.top_k,
+        scheduler.max_num_batched_tokens,
+        staging_tokens,
+        heads,
+        adaptation,
+        adapted_chunks(vllm_config),
     )
 
 

@@ -36,6 +36,7 @@ class Case:
         block: tokens of a chunk that a program attends to at once; None: the kernel's own choice.
         max_programs: for splits: programs there should be at most; None: the kernel's own choice.
         in_rows: whether decoding sequences have rows in the working set.
+        adapted_chunks: kept as adapters made them.
     """
 
     heads: HeadShape = HEADS_48
@@ -46,6 +47,7 @@ class Case:
     max_programs: int | None = None
     in_rows: bool = True
     is_on_device: bool = True
+    adapted_chunks: int = NUM_SLOTS
 
 
 FUSIONS = {
@@ -65,17 +67,20 @@ HEADS = {
 CASES = {name: Case(memory=memory) for name, memory in FUSIONS.items()}
 CASES |= {f"gated_{name}": Case(heads) for name, heads in HEADS.items()}
 CASES |= {f"joint_{name}": Case(heads, memory=FUSIONS["joint_bias"]) for name, heads in HEADS.items()}
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+for i, name in enumerate(FUSIONS):
+    for j, half in enumerate(HALVES):
+        shape = list(HEADS)[(i + j) % len(HEADS)]
+        CASES[f"{name}_{half}"] = Case(HEADS[shape], HALVES[half], memory=FUSIONS[name])
 for name in ("gated", "gated_chunk", "joint"):
     base = Case(HEADS["head100"], memory=FUSIONS[name])
-    CASES[f"{name}_bfloat16"] = replace(base, dtype=torch.bfloat16)
-    CASES[f"{name}_float16"] = replace(base, dtype=torch.float16)
     # Three blocks a chunk, the last of which is not full; more splits than a short set has units.
     CASES[f"{name}_blocks"] = replace(base, dtype=torch.float32, chunk_size=40, block=16, max_programs=20)
     CASES[f"{name}_gathered"] = Case(memory=FUSIONS[name], in_rows=False)
     CASES[f"{name}_staged"] = Case(memory=FUSIONS[name], is_on_device=False)
-    CASES[f"{name}_adapted"] = Case(
-        memory=FUSIONS[name] | {"memory_adapter": "linear", "memory_adapter_width": 2 if name == "joint" else 1}
-    )
+    adapter = {"memory_adapter": "linear", "memory_adapter_width": 2 if name == "joint" else 1}
+    CASES[f"{name}_adapted"] = Case(memory=FUSIONS[name] | adapter)
+    CASES[f"{name}_adapted_gathered"] = Case(memory=FUSIONS[name] | adapter, in_rows=False)
 
 
 @dataclass
@@ -114,7 +119,7 @@ class Run:
         has_adapter = self.config.memory_adapter is not None
         adapters = Adaptation(self.adapters, ranks, staging, lambda mine: mine, chunk_size)
         adaptation = adapters if has_adapter else None
-        self.memory = StepMemory(bank, 4, TOP_K, 64, staging, ranks, adaptation)
+        self.memory = StepMemory(bank, 4, TOP_K, 64, staging, ranks, adaptation, case.adapted_chunks)
         self.query = self.draw(self.num_tokens, heads.num_heads * heads.padded_dim)
         self.output = self.draw(self.num_tokens, heads.num_heads * heads.padded_dim)
         # As FlashAttention has it: heads first.

@@ -11,7 +11,7 @@ import torch
 
 from memlong_vllm.plan import ReadSpan, SequencePlan
 from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
-from memlong_vllm.worker.step_metadata import RowSource
+from memlong_vllm.worker.step_metadata import RowSource, SlotSource
 from memlong_vllm.worker.transfer import RankHeads
 from tests.test_working_set import (
     HEADS,
@@ -36,7 +36,7 @@ def num_adapted(memory: object) -> int:
     return memory.adaptation.num_adapted  # type: ignore[attr-defined]
 
 
-def test_decoding_adapts_once_a_retrieval_and_layer() -> None:
+def test_a_chunk_is_adapted_once_a_layer_whoever_retrieves_it() -> None:
     layers = make_layers()
     memory = make_memory(layers=layers)
     for position in range(5):
@@ -44,10 +44,60 @@ def test_decoding_adapts_once_a_retrieval_and_layer() -> None:
         assert isinstance(group.source, RowSource)
         expect(memory, group, (3, 7), layers=layers)
         memory.end_step()
-    assert (counters(memory), num_adapted(memory)) == ((1, 4), CHANGING)
-    (group,) = begin(memory, decoding("a", 5, (0, 4), 2))
-    expect(memory, group, (0, 4), layers=layers)
-    assert (counters(memory), num_adapted(memory)) == ((2, 4), 2 * CHANGING)
+    assert (counters(memory), num_adapted(memory)) == ((1, 4), 2 * CHANGING)
+    (group,) = begin(memory, decoding("a", 5, (0, 7), 2))
+    expect(memory, group, (0, 7), layers=layers)
+    assert (counters(memory), num_adapted(memory)) == ((2, 4), 3 * CHANGING)
+    memory.end_step()
+    prefill = SequencePlan("p", 4, 6, (1,), (ReadSpan(4, 5, (0, 3), 0, 3), ReadSpan(5, 6, (7, 9), 0, 4)))
+    for group in begin(memory, prefill, decoding("b", 8, (3, 9), 5)):
+        slots = [(0, 3), (7, 9)] if isinstance(group.source, SlotSource) else [(3, 9)]
+        expect(memory, group, *slots, layers=layers)
+    assert num_adapted(memory) == 4 * CHANGING
+
+
+def test_a_slot_that_is_written_again_is_adapted_again() -> None:
+    layers = make_layers()
+    memory = make_memory(layers=layers)
+    begin(memory, decoding("a", 9, (3, 7), 1))
+    memory.end_step()
+    # A step that writes slot 3 and reads it, as one that computes several segments may.
+    reads = (ReadSpan(6, 8, (3, 5), 0, 2),)
+    (group,) = begin(memory, SequencePlan("p", 6, 8, (3,), reads))
+    assert memory.metadata is not None
+    new = -torch.ones(2, HEADS, SIZE)
+    memory.bank.write(memory.metadata.token_places, new, new)
+    expect(memory, group, (3, 5), layers=layers)
+    memory.end_step()
+    (group,) = begin(memory, decoding("b", 9, (3, 7), 3))
+    expect(memory, group, (3, 7), layers=layers)
+    assert num_adapted(memory) == 4 * CHANGING
+
+
+def test_what_an_abandoned_step_did_not_adapt_is_adapted_later() -> None:
+    layers = make_layers()
+    memory = make_memory(layers=layers)
+    prefill = SequencePlan("p", 4, 6, (1,), (ReadSpan(4, 6, (0, 3), 0, 1),))
+    begin(memory, prefill)
+    memory.abandon_step()
+    (group,) = begin(memory, prefill)
+    expect(memory, group, (0, 3), layers=layers)
+    assert num_adapted(memory) == 2 * CHANGING
+
+
+def test_what_was_asked_for_longest_ago_makes_room() -> None:
+    layers = make_layers()
+    memory = make_memory(layers=layers, staging_tokens=4, adapted_chunks=3)
+    for step, (slots, made) in enumerate([((1, 2), 2), ((2, 3), 3), ((4, 2), 4), ((1, 2), 5), ((4, 1), 5)]):
+        (group,) = begin(memory, decoding("a", step, slots, step))
+        expect(memory, group, slots, layers=layers)
+        memory.end_step()
+        assert num_adapted(memory) == made * CHANGING
+
+
+def test_fewer_chunks_than_staging_holds_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 chunks are fewer than staging holds"):
+        make_memory(layers=make_layers(), staging_tokens=8, adapted_chunks=3)
 
 
 @pytest.mark.parametrize("staging_tokens", [4, 7, 8, 100])
@@ -60,24 +110,27 @@ def test_rows_are_filled_in_parts_that_staging_holds(staging_tokens: int, width:
     groups = begin(memory, *(decoding(name, 9, slots, i) for i, (name, slots) in enumerate(sets.items())))
     for group in groups:
         expect(memory, group, *(list(sets.values())[i] for i in group.token_idx.flatten()), layers=layers)
-    assert num_adapted(memory) == 5 * CHANGING
+    assert num_adapted(memory) == 8 * CHANGING
 
 
-def test_sequences_without_a_row_are_adapted_as_they_are_read() -> None:
+@pytest.mark.parametrize(("adapted_chunks", "num_kept"), [(12, 2), (2, 1)])
+def test_sequences_without_a_row_read_what_is_kept(adapted_chunks: int, num_kept: int) -> None:
     layers = make_layers()
-    memory = make_memory(num_rows=1, staging_tokens=4, layers=layers)
+    memory = make_memory(num_rows=1, staging_tokens=4, layers=layers, adapted_chunks=adapted_chunks)
     for position in (9, 10):
         groups = begin(memory, *(decoding(name, position, (i, i + 4), i) for i, name in enumerate("abc")))
         assert [isinstance(group.source, RowSource) for group in groups] == [False, False, True]
+        assert sum(group.source.is_kept for group in groups if isinstance(group.source, SlotSource)) == num_kept
         for group in groups:
             span = int(group.token_idx.item())
             expect(memory, group, (span, span + 4), layers=layers)
         memory.end_step()
     assert counters(memory) == (1, 1)
-    assert num_adapted(memory) == CHANGING * (1 + 2 * 2)
+    # A span that is adapted as it is read counts as one, each time.
+    assert num_adapted(memory) == CHANGING * (6 if num_kept == 2 else 2 + 2 + 2 * 1)
 
 
-def test_spans_of_prefill_are_adapted_in_place() -> None:
+def test_spans_of_prefill_are_gathered_as_adapted() -> None:
     layers = make_layers()
     memory = make_memory(staging_tokens=8, layers=layers)
     reads = (ReadSpan(4, 5, (0, 3), 0, 1), ReadSpan(5, 6, (2, 9), 0, 2))
@@ -113,7 +166,7 @@ def test_new_weights_make_the_rows_anew() -> None:
     memory.weights_changed()
     (group,) = begin(memory, decoding("a", 11, (3, 7), 1))
     expect(memory, group, (3, 7), layers=layers)
-    assert (counters(memory), num_adapted(memory)) == ((2, 1), 2 * CHANGING)
+    assert (counters(memory), num_adapted(memory)) == ((2, 1), 4 * CHANGING)
 
 
 def test_only_what_is_exactly_the_identity_is_skipped() -> None:
@@ -123,7 +176,7 @@ def test_only_what_is_exactly_the_identity_is_skipped() -> None:
     layers[3].memory_v_adapter[0] = float("nan")
     memory = make_memory(layers=layers)
     begin(memory, decoding("a", 9, (3, 7), 1))
-    assert num_adapted(memory) == 3
+    assert num_adapted(memory) == 3 * 2
 
 
 def joining(num_ranks: int) -> Callable[[torch.Tensor], torch.Tensor]:

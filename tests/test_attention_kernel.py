@@ -15,8 +15,10 @@ import torch
 
 pytest.importorskip("triton")
 
+FUSIONS = ("gated", "gated_chunk", "joint", "joint_bias", "scaled", "scaled_bias")
 CASES = (
-    *("gated", "gated_chunk", "joint", "joint_bias", "scaled", "scaled_bias"),
+    *FUSIONS,
+    *(f"{fusion}_{dtype}" for fusion in FUSIONS for dtype in ("bfloat16", "float16")),
     *(
         f"{fusion}_{heads}"
         for fusion in ("gated", "joint")
@@ -25,7 +27,7 @@ CASES = (
     *(
         f"{fusion}_{variant}"
         for fusion in ("gated", "gated_chunk", "joint")
-        for variant in ("bfloat16", "float16", "blocks", "gathered", "staged", "adapted")
+        for variant in ("blocks", "gathered", "staged", "adapted", "adapted_gathered")
     ),
 )
 # Results are rounded to the type they are written in, weights and queries to that of the chunks.

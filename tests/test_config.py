@@ -228,10 +228,11 @@ BAD_DEPLOYMENT_FIELDS = [
     *(("retriever_cache_size", value) for value in NOT_COUNTS),
     *(
         (name, value)
-        for name in ("retriever_batch_size", "staging_tokens", "max_memory_size", "max_top_k", "memory_quota_names")
+        for name in ("retriever_batch_size", "staging_tokens", "adapted_tokens", "max_memory_size", "max_top_k")
         for value in NOT_COUNTS
         if value is not None
     ),
+    *(("memory_quota_names", value) for value in NOT_COUNTS if value is not None),
     *(("retriever_device", value) for value in (None, 0)),
     *(("memory_quota_gib", value) for value in (0, -1.5, "4", True, math.inf, math.nan)),
     *(
@@ -262,6 +263,7 @@ def test_deployment_fields_and_overrides_stand_side_by_side() -> None:
         "bank_gib": 2,
         "bank_device": "cpu",
         "staging_tokens": 10_000,
+        "adapted_tokens": 20_000,
         "retriever_path": "/models/own",
         "retriever_device": "cuda:1",
         "retriever_batch_size": 16,
@@ -305,6 +307,8 @@ def test_the_retriever_path_wins_over_an_override() -> None:
         ({"retrieval_stride": 2048}, "local_window", 1024),
         ({"staging_tokens": 4 * 64 - 1}, "staging_tokens", 255),
         ({"staging_tokens": 512, "top_k": 9}, "staging_tokens", 512),
+        ({"adapted_tokens": 8191}, "adapted_tokens", 8191),
+        ({"staging_tokens": 512, "adapted_tokens": 511}, "adapted_tokens", 511),
         ({"retriever_path": ""}, "retriever.model", ""),
         ({"retrieval_layers": [26]}, "retrieval_layers", [26]),
     ],

@@ -91,11 +91,16 @@ def test_bytes_are_those_of_slots_rows_and_staging() -> None:
     # A token's place, row and position, its span, and the slots of four chunks.
     buffers = 640 * (3 * 8 + 5 * 4 + 4 * 8)
     kept = {"bank": 6400 * token, "working_set": rows * token, "staging": 8192 * token}
+    # Of four layers, and of no more chunks than the bank has.
+    kept |= {"adapted": 4 * 6400 * token}
     assert memory_bytes(config) == kept | {"step_buffers": buffers}
     config.additional_config["memlong"] |= {"top_k": 200}
     assert memory_bytes(config)["staging"] == 12_800 * token
     assert memory_bytes(config)["step_buffers"] == buffers + 640 * 196 * 8
     config.additional_config["memlong"] |= {"top_k": 4, "staging_tokens": 256}
     assert memory_bytes(config)["staging"] == 256 * token
+    config.additional_config["memlong"] |= {"adapted_tokens": 1300}
+    assert memory_bytes(config)["adapted"] == 4 * 20 * 64 * token
     config.additional_config["memlong"] |= {"memory_adapter": None, "memory_adapter_width": 1}
     assert memory_bytes(config)["working_set"] == 3 * 256 * token
+    assert memory_bytes(config)["adapted"] == 0

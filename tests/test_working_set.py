@@ -61,6 +61,7 @@ def make_memory(
     staging_tokens: int = 8,
     device: torch.device = CPU,
     layers: Sequence[Weights] | None = None,
+    adapted_chunks: int = 12,
 ) -> StepMemory:
     """Every number in its bank is another. ``layers``: with adapters."""
     bank = MemoryBank(num_slots, chunk_size, HEADS, SIZE, torch.float32, device)
@@ -69,7 +70,7 @@ def make_memory(
     bank.values.copy_(numbers[bank.keys.numel() :].view_as(bank.keys))
     heads = RankHeads(0, 1, 0)
     adaptation = None if layers is None else Adaptation(layers, heads, staging_tokens, lambda mine: mine, chunk_size)
-    return StepMemory(bank, num_rows, top_k, 256, staging_tokens, heads, adaptation)
+    return StepMemory(bank, num_rows, top_k, 256, staging_tokens, heads, adaptation, adapted_chunks)
 
 
 def in_bank(bank: MemoryBank, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,16 +306,25 @@ class Steps:
     num_rows=st.integers(1, 8),
     spare_staging=st.integers(0, 20),
     with_adapters=st.booleans(),
+    spare_chunks=st.integers(0, 20),
     seed=st.integers(0, 10_000),
 )
 @settings(deadline=None, max_examples=60)
 def test_random_steps_read_what_is_in_the_bank(
-    device: torch.device, config: MemoryConfig, num_rows: int, spare_staging: int, with_adapters: bool, seed: int
+    device: torch.device,
+    config: MemoryConfig,
+    num_rows: int,
+    spare_staging: int,
+    with_adapters: bool,
+    spare_chunks: int,
+    seed: int,
 ) -> None:
-    """Sequences come, stall, are preempted, finish, and their ids come again; rows may be too few."""
+    """Sequences come, stall, are preempted, finish, and their ids come again; rows may be too few,
+    and steps read more chunks than are kept as adapters made them."""
     staging = config.top_k * config.chunk_size + spare_staging
     layers = make_layers(seed, device) if with_adapters else None
-    memory = make_memory(60, config.chunk_size, num_rows, config.top_k, staging, device, layers)
+    kept = staging // config.chunk_size + spare_chunks
+    memory = make_memory(60, config.chunk_size, num_rows, config.top_k, staging, device, layers, kept)
     steps = Steps(config, memory, layers or [None], max_step=9, seed=seed)
     for _ in range(50):
         if steps.random.random() < 0.6:

@@ -42,6 +42,7 @@ GAUGES = {
     "bytes_bank": "Bytes of each rank's bank.",
     "bytes_working_set": "Bytes of each rank's retrieved keys and values of decoding requests.",
     "bytes_staging": "Bytes of each rank's retrieved keys and values of prefills.",
+    "bytes_adapted": "Bytes of each rank's chunks as adapters made them.",
     "bytes_step_buffers": "Bytes of each rank's index tensors of a step.",
     "bytes_index": "Bytes of the embeddings that running requests search.",
     "named_chunks_resident": "Chunks of named memories in the bank.",

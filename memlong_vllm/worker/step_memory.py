@@ -9,6 +9,7 @@ import torch
 
 from memlong_vllm.plan import StepPlan
 from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
+from memlong_vllm.worker.adapted_chunks import AdaptedChunks
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.staging import Staging
 from memlong_vllm.worker.step_buffers import Spans, StepBuffers, Stored
@@ -31,6 +32,7 @@ class StepMemory:
         staging_tokens: tokens gathered at once; at least those of the largest set.
         heads: this rank's place among the ranks, which decides its part of a shard.
         adaptation: what retrieval layers make of the stored keys and values; None: nothing.
+        adapted_chunks: that are kept as they were made, for each of these layers.
     """
 
     def __init__(
@@ -42,11 +44,15 @@ class StepMemory:
         staging_tokens: int,
         heads: RankHeads,
         adaptation: Adaptation | None = None,
+        adapted_chunks: int = 0,
     ) -> None:
         self.bank = bank
         self.staging = Staging(bank, staging_tokens)
-        self.working_set = WorkingSet(bank, self.staging, num_rows, top_k, adaptation)
         self.adaptation = adaptation
+        self.adapted: AdaptedChunks | None = None
+        if adaptation is not None:
+            self.adapted = AdaptedChunks(bank, self.staging, adaptation, adapted_chunks)
+        self.working_set = WorkingSet(bank, num_rows, top_k, self.adapted)
         self.buffers = StepBuffers(max_tokens, top_k, bank.device)
         self.metadata: StepMetadata | None = None
         self._transfer = ChunkTransfer(bank, self.staging, heads)
@@ -58,6 +64,7 @@ class StepMemory:
             "bank": self.bank.num_bytes,
             "working_set": self.working_set.num_bytes,
             "staging": self.staging.num_bytes,
+            "adapted": 0 if self.adapted is None else self.adapted.num_bytes,
             "step_buffers": self.buffers.num_bytes,
         }
 
@@ -67,13 +74,17 @@ class StepMemory:
         What the bank holds stays as it is.
         """
         self.working_set.forget()
-        if self.adaptation is not None:
+        if self.adaptation is not None and self.adapted is not None:
             self.adaptation.weights_changed()
+            self.adapted.forget()
 
     def stage(self, plan: StepPlan) -> None:
         """Take the plan of the next step and load what it loads, also if it computes no token."""
         self._plan = plan
         self._transfer.load(plan.loads)
+        if self.adapted is not None:
+            self.adapted.written(load.slot for load in plan.loads)
+            self.adapted.written(slot for sequence in plan.sequences for slot in sequence.write_slots)
 
     def begin_step(self, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
         """See :func:`build_step_metadata`; does nothing without a staged plan."""
@@ -82,8 +93,17 @@ class StepMemory:
         if self.adaptation is not None:
             self.adaptation.prepare()
         rows = self.working_set.prepare_rows(decode_reads(self._plan))
+        if self.adapted is not None:
+            self.adapted.begin_round()
         self.metadata = build_step_metadata(
-            self._plan, req_ids, query_start_loc, rows, self.bank.chunk_size, self.staging.num_chunks, self.buffers
+            self._plan,
+            req_ids,
+            query_start_loc,
+            rows,
+            self.bank.chunk_size,
+            self.staging.num_chunks,
+            self.buffers,
+            None if self.adapted is None else self.adapted.places,
         )
 
     def read(self, source: SlotSource | RowSource, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,14 +115,25 @@ class StepMemory:
         Returns:
             [num_spans, num_kv_heads, num_chunks * chunk_size, head_dim], not to be written to.
         """
-        self.working_set.wait()
+        self._complete()
         if isinstance(source, RowSource):
             return self.working_set.read(source.rows, source.num_chunks, layer)
+        if self.adapted is not None and source.is_kept:
+            keys, values = self.staging.buffers(*source.slots.shape)
+            self.adapted.layers[layer].gather(source.slots, keys, values)
+            return keys, values
         keys, values = self.staging.gather(source.slots)
         if self.adaptation is not None:
-            # Once a layer and step, so again if several steps share a retrieval that prefill reads.
+            # The step reads more than is kept: these are made anew for each layer that reads them.
             self.adaptation.adapt(keys, values, [AdaptedKV(layer, keys, values)])
         return keys, values
+
+    def _complete(self) -> None:
+        """See to it that rows and adapted chunks are there. What the step writes is in the bank by now:
+        no layer reads before the memory layer."""
+        self.working_set.wait()
+        if self.adapted is not None:
+            self.adapted.fill()
 
     def stored(self, layer: int) -> Iterator[tuple[Spans, Stored]]:
         """All that a layer reads in this step, where it lies; each to be used before the next.
@@ -112,14 +143,19 @@ class StepMemory:
         """
         if self.metadata is None:
             return
-        self.working_set.wait()
+        self._complete()
         if self.metadata.in_rows is not None:
             yield self.metadata.in_rows, self.working_set.stored(layer)
         if self.metadata.in_bank is not None and self.bank.is_on_device and self.adaptation is None:
             yield self.metadata.in_bank, Stored(self.bank.keys, self.bank.values, self.buffers.slots)
             return
         for group in self.metadata.groups:
-            if isinstance(group.source, SlotSource):
+            if not isinstance(group.source, SlotSource):
+                continue
+            if self.adapted is not None and group.source.is_kept:
+                kept = self.adapted.layers[layer]
+                yield group.spans, Stored(kept.keys, kept.values, self.buffers.slots)
+            else:
                 yield group.spans, Stored(*self.read(group.source, layer), None)
 
     def nothing_stored(self, nums_spans: Sequence[int]) -> Iterator[tuple[Spans, Stored]]:
@@ -141,6 +177,8 @@ class StepMemory:
     def abandon_step(self) -> None:
         """The step is over, and what it has left in the bank is not worth saving."""
         self.working_set.wait()
+        if self.adapted is not None:
+            self.adapted.abandon()
         self._plan = None
         self.metadata = None
 

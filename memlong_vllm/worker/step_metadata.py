@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +23,19 @@ from memlong_vllm.worker.step_buffers import (
 )
 from memlong_vllm.worker.working_set import runs
 
+PlacesOf = Callable[[np.ndarray], np.ndarray | None]
+
 
 @dataclass(frozen=True)
 class SlotSource:
-    """Chunks that lie in the bank. ``slots``: [num_spans, num_chunks] int64."""
+    """Chunks that lie in the bank, or are kept as adapters made them.
+
+    Attributes:
+        slots: [num_spans, num_chunks] int64; with ``is_kept``, places among what is kept.
+    """
 
     slots: torch.Tensor
+    is_kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class _Part:
         num_chunks: of each span.
         token_idx, positions: [num_spans, span_len] int64; they begin at ``first_entry`` of the step's.
         slots: [num_spans, num_chunks] int64, or none of them with ``rows``; from ``first_slot`` on.
+        is_kept: whether these are places of adapted chunks.
         table: [num_spans, 5] int32 (:class:`Spans`), from ``first_span`` on.
     """
 
@@ -99,6 +107,7 @@ class _Part:
     token_idx: np.ndarray
     positions: np.ndarray
     slots: np.ndarray
+    is_kept: bool
     table: np.ndarray
     first_entry: int
     first_slot: int
@@ -113,6 +122,7 @@ def build_step_metadata(
     chunk_size: int,
     max_gathered_chunks: int,
     buffers: StepBuffers,
+    places_of: PlacesOf | None = None,
 ) -> StepMetadata:
     """Translate positions of sequences to rows of the batch, and refresh the buffers with them.
 
@@ -121,6 +131,7 @@ def build_step_metadata(
         query_start_loc: [num_reqs + 1] first row of each sequence.
         rows: rows of the working set that hold the only span of these requests.
         max_gathered_chunks: chunks in all of a group in the bank.
+        places_of: where adapted chunks of these slots are kept; None if there is no room for them.
 
     Raises:
         RuntimeError: if plan and batch disagree about what is computed.
@@ -143,7 +154,7 @@ def build_step_metadata(
                 gathered[span.end - span.start, len(span.slots)].append(member)
     groups: list[tuple[list[_Member], range | None]]
     groups = [*_gathered_groups(gathered, max_gathered_chunks), *_held_groups(held)]
-    return _refresh(buffers, token_places, _make_parts(groups))
+    return _refresh(buffers, token_places, _make_parts(groups, places_of))
 
 
 def _token_places(sequence: SequencePlan, chunk_size: int) -> np.ndarray:
@@ -167,23 +178,32 @@ def _held_groups(spans: Mapping[int, Mapping[int, _Member]]) -> Iterator[tuple[l
             yield [members[row] for row in run], run
 
 
-def _make_parts(groups: Sequence[tuple[list[_Member], range | None]]) -> list[_Part]:
+def _make_parts(groups: Sequence[tuple[list[_Member], range | None]], places_of: PlacesOf | None) -> list[_Part]:
     parts: list[_Part] = []
     num_entries = num_slots = num_spans = 0
     for members, rows in groups:
-        parts.append(part := _make_part(members, rows, num_entries, num_slots, num_spans))
+        parts.append(part := _make_part(members, rows, num_entries, num_slots, num_spans, places_of))
         num_entries += part.token_idx.size
         num_slots += part.slots.size
         num_spans += len(members)
     return parts
 
 
-def _make_part(members: list[_Member], rows: range | None, first_entry: int, first_slot: int, first_span: int) -> _Part:
+def _make_part(
+    members: list[_Member],
+    rows: range | None,
+    first_entry: int,
+    first_slot: int,
+    first_span: int,
+    places_of: PlacesOf | None,
+) -> _Part:
     positions = np.asarray([np.arange(member.span.start, member.span.end) for member in members])
     row_offsets = np.asarray([[member.row_offset] for member in members])
     origins = np.asarray([[member.span.origin] for member in members])
     num_chunks, idx = len(members[0].span.slots), np.arange(len(members))
     slots = np.asarray([() if rows else member.span.slots for member in members], dtype=np.int64)
+    places = None if rows or places_of is None else places_of(slots)
+    is_kept, slots = places is not None, slots if places is None else places
     table = np.empty((len(members), NUM_COLUMNS), dtype=np.int32)
     table[:, FIRST_ENTRY] = first_entry + idx * positions.shape[1]
     table[:, NUM_TOKENS] = positions.shape[1]
@@ -191,7 +211,7 @@ def _make_part(members: list[_Member], rows: range | None, first_entry: int, fir
     table[:, FIRST_SLOT] = first_slot + idx * slots.shape[1]
     table[:, ROW] = rows or idx
     token_idx, local = positions + row_offsets, positions - origins
-    return _Part(rows, num_chunks, token_idx, local, slots, table, first_entry, first_slot, first_span)
+    return _Part(rows, num_chunks, token_idx, local, slots, is_kept, table, first_entry, first_slot, first_span)
 
 
 def _refresh(buffers: StepBuffers, token_places: np.ndarray, parts: Sequence[_Part]) -> StepMetadata:
@@ -218,7 +238,7 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
 def _read_group(buffers: StepBuffers, part: _Part) -> ReadGroup:
     source: SlotSource | RowSource
     if part.rows is None:
-        source = SlotSource(_view(buffers.slots, part.first_slot, part.slots))
+        source = SlotSource(_view(buffers.slots, part.first_slot, part.slots), part.is_kept)
     else:
         source = RowSource(part.rows, part.num_chunks)
     token_idx = _view(buffers.token_idx, part.first_entry, part.token_idx)

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from memlong_vllm.plan import ReadSpan, StepPlan
-from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
+from memlong_vllm.worker.adapted_chunks import AdaptedChunks
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.index_tensors import index_tensor
-from memlong_vllm.worker.staging import Staging
 from memlong_vllm.worker.step_buffers import Stored
 
 # A row that no step has read for so long is as good as free. (Requests also miss steps while
@@ -58,8 +57,8 @@ class WorkingSet:
     row is given to another. A request keeps its row from retrieval to retrieval; a new request
     gets the first row that nobody used of late, so that rows in use stay close together.
 
-    With an adaptation each retrieval layer has rows of its own, filled with what its adapter
-    makes of the stored keys and values: once a retrieval, for all steps that read them.
+    With adapters each retrieval layer has rows of its own, filled with what its adapter makes of
+    the stored keys and values.
 
     On CUDA, rows are filled on a stream of its own beside the layers below the first retrieval
     layer, which waits for them (:meth:`wait`). This has not been run on a GPU yet. Elsewhere
@@ -67,35 +66,32 @@ class WorkingSet:
     operations then keep one order with those of the layers.
 
     Args:
-        staging: what is adapted passes through it. Nobody else uses it from a step's begin to the
-            first :meth:`wait`.
+        adapted: where rows are filled from instead of the bank; the staging that it is made with is
+            used by nobody else from a step's begin to the first :meth:`wait`.
 
     Attributes:
         keys, values: [num_layers, num_rows, num_kv_heads, top_k * chunk_size, head_dim], where one
-            layer stands for all without an adaptation. A layer's rows come first: what adjacent
+            layer stands for all without adapters. A layer's rows come first: what adjacent
             rows hold is read in place, as a batch of spans, by any kind of attention.
         num_gathers: rows filled so far.
         num_reuses: reads so far that found their row filled.
     """
 
-    def __init__(
-        self, bank: MemoryBank, staging: Staging, num_rows: int, top_k: int, adaptation: Adaptation | None = None
-    ) -> None:
+    def __init__(self, bank: MemoryBank, num_rows: int, top_k: int, adapted: AdaptedChunks | None = None) -> None:
         num_heads, _, chunk_size, head_dim = bank.keys.shape
-        num_layers = 1 if adaptation is None else adaptation.num_layers
+        num_layers = 1 if adapted is None else len(adapted.layers)
         shape = (num_layers, num_rows, num_heads, top_k * chunk_size, head_dim)
         self.keys = torch.empty(shape, dtype=bank.keys.dtype, device=bank.device)
         self.values = torch.empty_like(self.keys)
         self.num_gathers = 0
         self.num_reuses = 0
         self._bank = bank
-        self._staging = staging
         self._top_k = top_k
-        self._adaptation = adaptation
+        self._adapted = adapted
         self._rows: list[_Row | None] = [None] * num_rows
         self._row_of: dict[str, int] = {}
         self._step = 0
-        is_alone = adaptation is None or not adaptation.needs_other_ranks
+        is_alone = adapted is None or not adapted.needs_other_ranks
         self._stream = torch.cuda.Stream(bank.device) if bank.device.type == "cuda" and is_alone else None
         self._filled: torch.cuda.Event | None = None
 
@@ -157,20 +153,20 @@ class WorkingSet:
         """Gather slots into their rows: of adjacent rows together, in one operation."""
         if not changed:
             return
-        # What is adapted is staged, which has room for one row at least.
-        longest = None if self._adaptation is None else self._staging.num_chunks // self._top_k
+        longest = None if self._adapted is None else self._adapted.most_at_once // self._top_k
         with self._beside_the_step():
             for run in runs(sorted(changed), longest):
                 # Rows that hold fewer chunks repeat their last: equal shapes, and nobody looks.
                 slots = [changed[row] + changed[row][-1:] * (self._top_k - len(changed[row])) for row in run]
-                self._fill_run(slice(run.start, run.stop), index_tensor(np.asarray(slots), self.keys.device))
+                self._fill_run(slice(run.start, run.stop), np.asarray(slots))
 
-    def _fill_run(self, rows: slice, slots: torch.Tensor) -> None:
-        if self._adaptation is None:
-            self._bank.gather(slots, self.keys[0, rows], self.values[0, rows])
-            return
-        layers = enumerate(zip(self.keys[:, rows], self.values[:, rows], strict=True))
-        self._adaptation.adapt(*self._staging.gather(slots), [AdaptedKV(layer, *kv) for layer, kv in layers])
+    def _fill_run(self, rows: slice, slots: np.ndarray) -> None:
+        banks, places = [self._bank], slots
+        if self._adapted is not None:
+            banks, places = self._adapted.layers, self._adapted.make(slots)
+        index = index_tensor(places, self.keys.device)
+        for layer, bank in enumerate(banks):
+            bank.gather(index, self.keys[layer, rows], self.values[layer, rows])
 
     @contextlib.contextmanager
     def _beside_the_step(self) -> Iterator[None]:
@@ -202,7 +198,7 @@ class WorkingSet:
 
     def stored(self, layer: int) -> Stored:
         """All rows of a retrieval layer."""
-        layer = 0 if self._adaptation is None else layer
+        layer = 0 if self._adapted is None else layer
         return Stored(self.keys[layer], self.values[layer], None)
 
 
