@@ -33,7 +33,8 @@ class ModelSpec:
         config: contents of ``config.json``; the ``memlong`` block as it is served (:func:`deployed`).
         group: of a variant (:mod:`memlong_vllm.evaluation.variants`), what it is one of.
         changes: fields of the ``memlong`` block that ``config`` has otherwise than ``path`` does.
-        differs: of a control, in what it was trained otherwise than the main model, beside memory.
+        differs: of a control or another checkpoint, in what it was trained otherwise than the main model,
+            beside memory.
     """
 
     label: str
@@ -92,7 +93,7 @@ def model_specs(
         config = read_config(control, "--control")
         kind: Kind = "memlong" if "memlong" in config else "plain"
         check_control(control, config, main)
-        differs = training_differences(config, main.config)
+        differs = (*training_differences(config, main.config), *layer_differences(config, main.config))
         spec = ModelSpec(CONTROL, control, control, kind, main.window, config=config, differs=differs)
         specs.append(deployed(spec, memlong))
     if random_retrieval:
@@ -154,14 +155,38 @@ def training_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 NOT_DECISIVE = {"with_memory", "keep_features", "checkpointing", "save_every"}
 
 
-def training_differences(control: Mapping[str, Any], main: Mapping[str, Any]) -> tuple[str, ...]:
-    """In what the training of a control was not the main model's, beside memory; "not known" if one has no record."""
-    theirs, ours = training_settings(control), training_settings(main)
-    if not (theirs and ours):
-        return () if training_of(control) == training_of(main) else ("not known",)
-    names = sorted((theirs.keys() & ours.keys()) - NOT_DECISIVE)
-    texts = [] if training_of(control).get("train") == training_of(main).get("train") else ["texts"]
-    return (*(name for name in names if theirs.get(name) != ours.get(name)), *texts)
+def training_differences(other: Mapping[str, Any], main: Mapping[str, Any]) -> tuple[str, ...]:
+    """In what the training of a control or variant was not the main model's, beside memory: settings,
+    texts, what it went on from; "not known" if one has no record."""
+    return _differences(training_of(other), training_of(main))
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
+    settings = [record.get("settings") for record in (theirs, ours)]
+    their_settings, our_settings = settings
+    if not (isinstance(their_settings, dict) and isinstance(our_settings, dict)):
+        return () if theirs == ours else ("not known",)
+    names = sorted((their_settings.keys() & our_settings.keys()) - NOT_DECISIVE)
+    found = [name for name in names if their_settings[name] != our_settings[name]]
+    found += [] if theirs.get("train") == ours.get("train") else ["texts"]
+    starts = [record.get("start") for record in (theirs, ours)]
+    if (starts[0] is None) != (starts[1] is None):
+        return (*found, "what it went on from")
+    # Adapters of the first versions say of it only which one it was.
+    records = [start["training"] for start in starts if isinstance(start, dict)]
+    if len(records) == 2:
+        found += [f"{difference} of the training before" for difference in _differences(*records)]
+    return tuple(found)
+
+
+def layer_differences(control: Mapping[str, Any], main: Mapping[str, Any]) -> tuple[str, ...]:
+    """Whether other layers of a control than of the model were trained: those above the memory layer, and
+    part of that itself if it reads."""
+    blocks = [config["memlong"] for config in (control, main) if "memlong" in config]
+    if len(blocks) < 2:
+        return ()
+    lowest = [(block["memory_layer"], block["memory_layer"] in block["retrieval_layers"]) for block in blocks]
+    return () if lowest[0] == lowest[1] else ("layers",)
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from memlong_vllm.config import MemoryConfig, MemoryConfigError
 from memlong_vllm.conversion import TRAINED_WITH
-from memlong_vllm.evaluation.models import ModelSpec, check_same_tokens, read_config
+from memlong_vllm.evaluation.models import ModelSpec, check_same_tokens, read_config, training_differences
 from memlong_vllm.evaluation.scoring import EvaluationError
 from memlong_vllm.evaluation.varied_checkpoint import layers_with_trained_gates
 
@@ -90,7 +90,8 @@ def variant_specs(
         if "memlong" not in config:
             raise EvaluationError(f"--variant {label}: {path} is no MemLong checkpoint; plain ones are baselines")
         window = config["memlong"]["local_window"]
-        spec = ModelSpec(label, path, path, "memlong", window, config=config, group=CHECKPOINT)
+        differs = training_differences(config, main.config)
+        spec = ModelSpec(label, path, path, "memlong", window, config=config, group=CHECKPOINT, differs=differs)
         check_same_tokens(main, spec)
         specs.append(spec)
     labels = [*taken, *(spec.label for spec in specs)]

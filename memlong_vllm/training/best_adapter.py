@@ -27,6 +27,9 @@ VERSIONS_OF = ("memlong-vllm", "torch", "transformers", "peft", "accelerate")
 class BestAdapter:
     """Writes the adapter whenever validation is better than before.
 
+    Args:
+        start: what training went on from; its record becomes part of the adapter's.
+
     Attributes:
         lowest: negative log-likelihood of the best so far; infinite if there is none.
     """
@@ -40,9 +43,11 @@ class BestAdapter:
         identity: dict[str, Any],
         trained: dict[str, nn.Parameter],
         folder: RunFolder,
+        start: Adapter | None = None,
     ) -> None:
         self.job, self.model, self.settings, self.base = job, model, settings, base
         self.identity, self.trained, self.folder = identity, trained, folder
+        self.start = start
         self.lowest = float("inf")
 
     def offer(self, step: int, validation: Validation) -> None:
@@ -63,7 +68,7 @@ class BestAdapter:
             "settings": self.settings.to_dict(),
             "train": self.identity["train"],
             "valid": self.identity["valid"],
-            **({"start": self.identity["start"]} if "start" in self.identity else {}),
+            **self._start(),
             "step": step,
             "validation": validation and validation.to_dict(),
             "versions": {name: _version(name) for name in VERSIONS_OF},
@@ -79,6 +84,11 @@ class BestAdapter:
         save_adapter(adapter, self.job.output)
         if validation is not None:
             _copy(self.job.output, self.folder.best)
+
+    def _start(self) -> dict[str, Any]:
+        if self.start is None:
+            return {}
+        return {"start": {"digest": self.start.digest(), "training": self.start.training}}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -74,8 +74,8 @@ def _prepare(
     base = backbone_identity(model.state_dict(), model.config)
     identity = run_identity(job, settings, base, model, documents, valid_documents, accelerator)
     trained = select_trained(model, settings.parts, settings.with_memory)
-    if job.start is not None:
-        start = load_adapter(job.start)
+    start = None if job.start is None else load_adapter(job.start)
+    if start is not None:
         start_from(start, base, settings.parts, trained)
         identity["start"] = start.digest()
     folder = RunFolder(job.folder)
@@ -95,7 +95,7 @@ def _prepare(
     if not folder.has_state:
         _start_memory(model, train, settings, accelerator, say)
     trainer = Trainer(model, trained, train, valid, settings, accelerator, folder)
-    best = BestAdapter(job, model, settings, base, identity, trained, folder)
+    best = BestAdapter(job, model, settings, base, identity, trained, folder, start)
     if folder.has_state:
         trainer.restore()
         say(f"going on from step {trainer.step} of {settings.steps}")
