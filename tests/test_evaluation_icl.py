@@ -132,13 +132,13 @@ def test_engine_and_reference_agree(
 ) -> None:
     engine, reference = tmp_path / "engine.json", tmp_path / "reference.json"
     common = ["--calibrate", "--control", checkpoints.memlong(memory_size=0)]  # As a control's is converted.
-    more = ["--beside", "prompt", "rag", "--rag-shots", 2, "--baselines", "full", "--random-retrieval"]
+    more = ["--beside", "shuffled", "prompt", "rag", "--rag-shots", 2, "--baselines", "full", "--random-retrieval"]
     assert evaluate(*words(model, data, reference, *common, *more, "--engine", "reference")) == 0
     assert evaluate(*words(model, data, engine, *common, "--batch", 4)) == 0
     measured, expected = by_key(engine), by_key(reference)
     # Without any demonstration there is no draw: 1 + 2 seeds; then memory, for both numbers of shots.
     assert len(measured) == 3 * ((3 + 2 * 2) + 3)
-    assert len(expected) == 3 * ((3 + 3 * 2 * 2) + 2 * (3 + 2 * 2 * 2) + 2 * 2)
+    assert len(expected) == 3 * ((3 + 4 * 2 * 2) + 2 * (3 + 2 * 2 * 2) + 2 * 2)
     for key, row in measured.items():
         assert row["scores"] == pytest.approx(expected[key]["scores"], abs=2e-4)
         assert row["content_free"] == pytest.approx(expected[key]["content_free"], abs=2e-4)
@@ -150,9 +150,13 @@ def test_engine_and_reference_agree(
             chance = expected["random", method, shots, num, seed, number]["scores"]
             assert np.abs(np.subtract(chance, none["scores"])).max() > 1e-3, "chunks chosen by chance are read"
             assert np.abs(np.subtract(chance, row["scores"])).max() > 1e-3, "and are others"
+    shuffled = {key: row for key, row in expected.items() if key[1] == "shuffled"}
+    assert {key[0] for key in shuffled} == {"memlong"}
+    assert any(row["scores"] != expected[key[0], "memory", *key[2:]]["scores"] for key, row in shuffled.items())
     text = engine.with_suffix(".md").read_text()
     assert "| 2 | memlong | 4 in memory |" in text
     assert "Calibrated:" in text
+    assert "| 4 in memory, labels shuffled |" in reference.with_suffix(".md").read_text()
     assert "the 2 most similar of 4" in reference.with_suffix(".md").read_text()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from memlong_vllm.config import MemLongConfig, resolve
 from memlong_vllm.evaluation.demonstrations import SentenceRetriever
-from memlong_vllm.evaluation.icl_cases import BESIDE, CONTENT_FREE, RAG, Case, CaseMaker, Demonstrations, Plan
+from memlong_vllm.evaluation.icl_cases import BESIDE, CONTENT_FREE, MEMORY, RAG, Case, CaseMaker, Demonstrations, Plan
 from memlong_vllm.evaluation.labelled_sentences import TASKS, Wording, file_digest, held_out, read_examples
 from memlong_vllm.evaluation.models import CONTROL, ModelSpec, load_tokenizer
 from memlong_vllm.evaluation.results import ResultsFile, Row
@@ -82,7 +82,9 @@ class InContextLearning:
         for case in self.cases:
             if case.memory is not None and not has_memory:
                 continue
-            if spec.random_retrieval and (case.memory is None or self.is_read_whole(spec, case.memory)):
+            if spec.random_retrieval and (
+                case.memory is None or case.row["method"] != MEMORY or self.is_read_whole(spec, case.memory)
+            ):
                 continue
             read = () if case.memory is None else (case.memory.name,)
             size = 0 if is_control and spec.kind == "memlong" else None
@@ -156,7 +158,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="sentences tested, drawn once (default: all)")
     parser.add_argument(
         "--beside", nargs="+", choices=BESIDE, default=[], metavar="KIND",
-        help="'prompt': also with the demonstrations of the memory in the prompt; 'rag': with those of them in the "
+        help="'shuffled': also with the labels of the memory's demonstrations shuffled, which tells learning from a "
+        "bias to some labels; 'prompt': with these demonstrations in the prompt; 'rag': with those of them in the "
         "prompt that are most like the sentence, by the memory's own retriever",
     )  # fmt: skip
     parser.add_argument("--rag-shots", type=positive, default=4, metavar="N", help="for 'rag' (default: 4)")
@@ -190,7 +193,7 @@ def run(arguments: argparse.Namespace) -> ResultsFile:
     chunk_size = math.lcm(*(spec.config["memlong"]["chunk_size"] for spec in specs if spec.kind == "memlong"))
     maker = CaseMaker(plan, wording, load_tokenizer(main.source), chunk_size, retriever)
     label_ids = maker.label_ids()
-    described = settings_of(arguments, plan, wording)
+    described = settings_of(arguments, plan, wording) | {"memory_chunk": chunk_size}
     task = InContextLearning(list(maker.cases()), wording.words, label_ids, described, arguments.top_k)
     say_what_is_left_out(task, specs)
     return run_task(task, arguments, specs, [])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memlong_vllm.evaluation.demonstrations import SentenceRetriever, draw_demonstrations, memory_tokens
@@ -13,8 +14,8 @@ from memlong_vllm.evaluation.results import Row
 from memlong_vllm.evaluation.scoring import EvaluationError
 
 # What is done with the demonstrations that the prompt does not have anyway.
-NONE, MEMORY, PROMPT, RAG = "none", "memory", "prompt", "rag"
-BESIDE = (PROMPT, RAG)
+NONE, MEMORY, SHUFFLED, PROMPT, RAG = "none", "memory", "shuffled", "prompt", "rag"
+BESIDE = (SHUFFLED, PROMPT, RAG)
 CONTENT_FREE = "N/A"
 
 
@@ -93,13 +94,22 @@ class CaseMaker:
                     yield from self._arm(row, in_prompt[:shots], [], None)
             for num in plan.memory_shots:
                 more = in_memory[:num]
-                texts = [self._wording.demonstrate(example) for example in more]
-                memory = Demonstrations(f"icl-{seed}-{num}", memory_tokens(texts, self.encode, self._chunk_size))
                 for method in (MEMORY, *plan.beside):
-                    shown, read = ([], memory) if method == MEMORY else (more, None)
+                    shown, read = more, None
+                    if method in (MEMORY, SHUFFLED):
+                        shown, read = [], self._memory(f"icl-{seed}-{num}-{method}", more, method == SHUFFLED)
                     for shots in plan.shots:
                         row = {"method": method, "shots": shots, "memory_shots": num, "seed": seed}
                         yield from self._arm(row, in_prompt[:shots], shown, read)
+
+    def _memory(self, name: str, examples: Sequence[Example], is_shuffled: bool) -> Demonstrations:
+        if is_shuffled:
+            # The same sentences and as many of each label, but which belongs to which is by chance.
+            labels = [example.label for example in examples]
+            random.Random(name).shuffle(labels)
+            examples = [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
+        texts = [self._wording.demonstrate(example) for example in examples]
+        return Demonstrations(name, memory_tokens(texts, self.encode, self._chunk_size))
 
     def _arm(
         self, row: Row, near: Sequence[Example], more: Sequence[Example], memory: Demonstrations | None

@@ -7,14 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memlong_vllm.evaluation.icl_cases import MEMORY, NONE, PROMPT, RAG
+from memlong_vllm.evaluation.icl_cases import MEMORY, NONE, PROMPT, RAG, SHUFFLED
 from memlong_vllm.evaluation.reports import COLOURS, markdown_table
 from memlong_vllm.evaluation.results import Row
 from memlong_vllm.evaluation.statistics import mean, standard_error
 
-METHODS = (NONE, MEMORY, PROMPT, RAG)
-WHERE = {NONE: "no more", MEMORY: "{} in memory", PROMPT: "{} in the prompt", RAG: "the {rag} most similar of {}"}
-STYLES = {NONE: ":", MEMORY: "-", PROMPT: "--", RAG: "-."}
+METHODS = (NONE, MEMORY, SHUFFLED, PROMPT, RAG)
+WHERE = {
+    NONE: "no more",
+    MEMORY: "{} in memory",
+    SHUFFLED: "{} in memory, labels shuffled",
+    PROMPT: "{} in the prompt",
+    RAG: "the {rag} most similar of {}",
+}
+STYLES = {NONE: ":", MEMORY: "-", SHUFFLED: (0, (1, 3)), PROMPT: "--", RAG: "-."}
 NO_SEED = None
 
 
@@ -207,7 +213,7 @@ def _draw_line(axes: Any, found: Mapping[Arm, Outcome], model: str, method: str)
     }
     values = [100 * outcome.accuracy for outcome in points.values()]
     errors = [100 * (outcome.error or 0) for outcome in points.values()]
-    place = {NONE: "none", MEMORY: "memory", PROMPT: "prompt", RAG: "RAG"}[method]
+    place = {NONE: "none", MEMORY: "memory", SHUFFLED: "labels shuffled", PROMPT: "prompt", RAG: "RAG"}[method]
     colour = COLOURS.get(model, "#333333")
     axes.errorbar(
         list(points), values, errors, label=f"{model}, {place}", color=colour, linestyle=STYLES[method],
