@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import engine_patches
-import memlong_vllm
-from memlong_vllm.evaluation.results import ResultsFile, Row, read_results
+from memlong_vllm.evaluation.results import ResultsFile, Row, code_digest, read_results
 from memlong_vllm.evaluation.scoring import EvaluationError
 
 # Times of one file are compared with each other.
@@ -66,20 +62,10 @@ class MeasurementFile(ResultsFile):
     def add_engine(self, name: str, settings: dict[str, Any], facts: dict[str, Any]) -> int:
         """Note how an engine was set up, and by which code. Returns the number that rows name it by (``setup``)."""
         setups: list[dict[str, Any]] = self.content["engines"].setdefault(name, [])
-        setup = {"code": code_digest(), "settings": settings, "facts": facts}
+        setup = {"code": code_digest(Path(__file__).parent), "settings": settings, "facts": facts}
         if setup not in setups:
             setups.append(setup)
         return setups.index(setup)
-
-
-@functools.cache
-def code_digest() -> str:
-    """Of this package's sources and the benchmarks'."""
-    digest = hashlib.sha256()
-    for folder in (*(Path(package.__path__[0]) for package in (memlong_vllm, engine_patches)), Path(__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def machine() -> dict[str, Any]:

@@ -16,8 +16,8 @@ from memlong_vllm.evaluation.models import ModelSpec, describe, model_name
 from memlong_vllm.evaluation.perplexity_report import summarise
 from memlong_vllm.evaluation.random_retriever import RandomEmbedder
 from memlong_vllm.evaluation.recall_report import Rate
-from memlong_vllm.evaluation.reports import write_report
-from memlong_vllm.evaluation.results import ResultsFile, read_results
+from memlong_vllm.evaluation.reports import footer, write_report
+from memlong_vllm.evaluation.results import ResultsFile, code_digest, read_results
 from memlong_vllm.evaluation.scoring import EvaluationError
 from memlong_vllm.evaluation.statistics import standard_error, wilson_interval
 
@@ -58,6 +58,17 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert content["model"] == MODELS["memlong"]
     assert {"python", "torch", "vllm", "transformers", "memlong_vllm", "platform", "cpu"} == content["versions"].keys()
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_reports_tell_of_rows_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    open_results(path).append([row("memlong", "a", 64, 0, 2.5)])
+    open_results(path).append([row("memlong", "b", 64, 0, 2.5)])
+    assert read_results(path)["code"] == [code_digest()]
+    assert "states of this package's code" not in footer(read_results(path))
+    monkeypatch.setattr("memlong_vllm.evaluation.results.code_digest", lambda: "another")
+    open_results(path).append([row("memlong", "c", 64, 0, 2.5)])
+    assert f"with 2 states of this package's code**: {code_digest()}, another" in footer(read_results(path))
 
 
 def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:

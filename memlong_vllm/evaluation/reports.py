@@ -80,6 +80,8 @@ def footer(content: dict[str, Any]) -> str:
     settings, versions = content["settings"], content["versions"]
     runner = f"vLLM {versions['vllm']}" if settings["engine"] == "vllm" else f"transformers {versions['transformers']}"
     lines.append(f"- {runner}, {settings['dtype']}, torch {versions['torch']}, {versions['cpu']}")
+    if len(codes := content.get("code", [])) > 1:
+        lines.append(f"- **rows were measured with {len(codes)} states of this package's code**: {', '.join(codes)}")
     lines += [f"- `{line}`" for line in content.get("command_lines", [])]
     return "\n".join(lines) + "\n"
 

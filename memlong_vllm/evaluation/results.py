@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import engine_patches
+import memlong_vllm
 from memlong_vllm.evaluation.scoring import EvaluationError
 
 Row = dict[str, Any]
@@ -28,6 +32,17 @@ def versions() -> dict[str, str | None]:
     return found | {"platform": platform.platform(), "cpu": _cpu_name()}
 
 
+@functools.cache
+def code_digest(*more: Path) -> str:
+    """Of the sources of this package, and of what lies in other folders."""
+    digest = hashlib.sha256()
+    packages = (memlong_vllm, engine_patches)
+    for folder in (*(Path(package.__path__[0]) for package in packages), *more):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -36,11 +51,13 @@ def _cpu_name() -> str:
 
 
 class ResultsFile:
-    """``{"command", "command_lines", "settings", "versions", "model", "models", "rows"}`` as JSON.
+    """``{"command", "command_lines", "code", "settings", "versions", "model", "models", "rows"}`` as JSON.
 
-    ``model`` describes the main model; ``models``, each one by the label that rows name it by. A
-    run with the same settings adds the rows that are missing, and may add models. The file is first
-    written with the first rows, so that a run that fails before leaves what was there.
+    ``model`` describes the main model; ``models``, each one by the label that rows name it by;
+    ``code`` are digests of this package's sources, one for every state of them that measured rows:
+    reports tell if there are several. A run with the same settings adds the rows that are missing,
+    and may add models. The file is first written with the first rows, so that a run that fails
+    before leaves what was there.
 
     Args:
         key: fields that tell a row from every other.
@@ -61,7 +78,7 @@ class ResultsFile:
     ) -> None:
         self.path, self._key = path, key
         # As it will be read again: tuples become lists.
-        header = {"command": command, "command_lines": [], "settings": settings}
+        header = {"command": command, "command_lines": [], "code": [], "settings": settings}
         header |= {"versions": versions(), "models": models}
         self.content: dict[str, Any] = json.loads(json.dumps(header))
         self.content["model"] = next(iter(self.content["models"].values()))
@@ -101,6 +118,7 @@ class ResultsFile:
         self.content["models"] = found["models"] | self.content["models"]
         self.content["model"] = next(iter(self.content["models"].values()))
         self.content["command_lines"] = found.get("command_lines", [])
+        self.content["code"] = found.get("code", [])
         self.content["rows"] = found["rows"]
 
     def _command_line(self) -> str:
@@ -110,6 +128,8 @@ class ResultsFile:
     def _write(self) -> None:
         if (line := self._command_line()) not in self.content["command_lines"]:
             self.content["command_lines"].append(line)
+        if (code := code_digest()) not in self.content["code"]:
+            self.content["code"].append(code)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         shell = json.dumps(self.content | {"rows": []}, indent=2)
         lines = ",\n    ".join(self._lines)
@@ -136,7 +156,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     pairs = [("command", old["command"], new["command"])]
     names = sorted(old["settings"].keys() | new["settings"].keys())
     pairs += [(name, old["settings"].get(name), new["settings"].get(name)) for name in names]
-    # Other machines may go on with a run; other code may not.
+    # Other machines may go on with a run; other packages may not.
     names = [package.replace("-", "_") for package in PACKAGES]
     pairs += [(name, old["versions"].get(name), new["versions"].get(name)) for name in names]
     for label in sorted(old["models"].keys() & new["models"].keys()):
