@@ -64,5 +64,6 @@ def lse_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         return FlashLseBackend
     raise ValueError(
         f"fusions 'joint' and 'scaled_logits' need the local log-sum-exp, which is available with the attention "
-        f"backends CPU_ATTN and FLASH_ATTN, not {base.get_name()}: use fusion 'gated' or --attention-backend FLASH_ATTN"
+        f"backends CPU_ATTN and FLASH_ATTN, not {base.get_name()}: use fusion 'gated', or --dtype bfloat16 and "
+        "--attention-backend FLASH_ATTN"
     )

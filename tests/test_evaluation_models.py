@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from memlong_vllm.evaluation.models import ModelSpec, check_control, is_stripped, training_differences
+from memlong_vllm.evaluation.models import (
+    ModelSpec,
+    check_control,
+    is_stripped,
+    layer_differences,
+    training_differences,
+)
+from memlong_vllm.evaluation.opening import check_heads
 from memlong_vllm.evaluation.perplexity_report import summarise
 from memlong_vllm.evaluation.runs import json_file
 from memlong_vllm.evaluation.scoring import EvaluationError
@@ -37,10 +45,14 @@ def test_a_control_is_the_same_training_without_memory(content: dict[str, Any], 
         check_control(Path("control"), content, main)
 
 
-def trained(with_memory: bool, steps: int = 100, **training: Any) -> dict[str, Any]:
+def record(with_memory: bool, steps: int = 100) -> dict[str, Any]:
     settings = {"with_memory": with_memory, "steps": steps, "save_every": steps}
     settings |= {} if with_memory else {"of_a_later_version": 1}
-    return config(None) | {"memlong_adapter": {"training": {"settings": settings, "train": ["a"]} | training}}
+    return {"settings": settings, "train": ["a"]}
+
+
+def trained(with_memory: bool, steps: int = 100, **training: Any) -> dict[str, Any]:
+    return config(None) | {"memlong_adapter": {"training": record(with_memory, steps) | training}}
 
 
 @pytest.mark.parametrize(
@@ -50,11 +62,50 @@ def trained(with_memory: bool, steps: int = 100, **training: Any) -> dict[str, A
         (trained(False, steps=50), ("steps",)),
         (trained(False, steps=50, train=["b"]), ("steps", "texts")),
         (trained(False, settings="as in the paper"), ("not known",)),
+        (trained(False, start={"digest": "b", "training": record(False)}), ("what it went on from",)),
         (config(None), ("not known",)),
     ],
 )
 def test_what_was_trained_otherwise_is_said(control: dict[str, Any], differences: tuple[str, ...]) -> None:
     assert training_differences(control, trained(True)) == differences
+
+
+@pytest.mark.parametrize(
+    ("start", "differences"),
+    [
+        ({"digest": "b", "training": record(False)}, ()),
+        ({"digest": "b", "training": record(False, steps=7)}, ("steps of the training before",)),
+        ("b", ()),  # As the first versions wrote it.
+        (None, ("what it went on from",)),
+    ],
+)
+def test_trainings_go_on_from_alike_ones(start: Any, differences: tuple[str, ...]) -> None:
+    main = trained(True, start={"digest": "a", "training": record(True)})
+    assert training_differences(trained(False, start=start), main) == differences
+
+
+@pytest.mark.parametrize(
+    ("block", "differences"),
+    [
+        ({"memory_layer": 2, "retrieval_layers": [4]}, ()),
+        ({"memory_layer": 1, "retrieval_layers": [3]}, ("layers",)),
+        ({"memory_layer": 2, "retrieval_layers": [2, 3]}, ("layers",)),
+        (None, ()),
+    ],
+)
+def test_a_control_of_other_layers_is_told_apart(block: dict[str, Any] | None, differences: tuple[str, ...]) -> None:
+    main = {"memlong": {"memory_layer": 2, "retrieval_layers": [3]}}
+    assert layer_differences({} if block is None else {"memlong": block}, main) == differences
+
+
+def test_baselines_that_vllm_has_no_attention_for_are_refused_at_once() -> None:
+    check_heads(spec("window", "plain", {"head_dim": 64}))
+    check_heads(spec("memlong", "memlong", {"head_dim": 100}))
+    if torch.cuda.is_available():
+        pytest.skip("a GPU's backends take all sizes")
+    for shape in ({"head_dim": 100}, {"hidden_size": 3200, "num_attention_heads": 32}):
+        with pytest.raises(EvaluationError, match=r"full: vLLM has no attention for heads of 100 .* 96, 112"):
+            check_heads(spec("full", "plain", shape))
 
 
 def test_models_that_were_never_trained_differ_in_nothing() -> None:

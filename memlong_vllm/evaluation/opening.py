@@ -7,7 +7,7 @@ from pathlib import Path
 
 from memlong_vllm.evaluation.models import ModelSpec
 from memlong_vllm.evaluation.plain_backbone import plain_backbone
-from memlong_vllm.evaluation.scoring import Scorer, ScorerSettings
+from memlong_vllm.evaluation.scoring import EvaluationError, Scorer, ScorerSettings
 from memlong_vllm.evaluation.varied_checkpoint import varied_checkpoint
 
 
@@ -25,6 +25,24 @@ def open_scorer(spec: ModelSpec, settings: ScorerSettings) -> Scorer:
 
     # Windows are masks there: transformers' Llama has no sliding window.
     return TransformersScorer(_made(spec, settings.scratch, None), settings)
+
+
+def check_heads(spec: ModelSpec) -> None:
+    """Raises:
+    EvaluationError: if stock vLLM has no attention for a baseline's heads on this machine, which it
+        would say at the first request, after the other models' hours.
+    """
+    if spec.kind != "plain":
+        return
+    from memlong_vllm.evaluation.vllm_scorer import supported_head_sizes
+
+    config, sizes = spec.config, supported_head_sizes()
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if sizes is not None and head_dim not in sizes:
+        raise EvaluationError(
+            f"--baselines {spec.label}: vLLM has no attention for heads of {head_dim} on this machine (it has "
+            f"{', '.join(map(str, sizes))}): leave baselines out, or measure them with --engine reference"
+        )
 
 
 def _made(spec: ModelSpec, scratch: Path, window: int | None) -> ModelSpec:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, overload
 
+import torch
 from tqdm import tqdm
 
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
 from memlong_vllm.config import DeploymentConfig
 from memlong_vllm.evaluation.models import BASELINES, ModelSpec, deployed, describe, model_specs
-from memlong_vllm.evaluation.opening import open_scorer
+from memlong_vllm.evaluation.opening import check_heads, open_scorer
 from memlong_vllm.evaluation.results import ResultsFile, Row
 from memlong_vllm.evaluation.scoring import EvaluationError, Prompt, Scorer, ScorerSettings
 from memlong_vllm.evaluation.variants import add_variant_arguments, check_memory_size, variant_specs
@@ -156,7 +157,10 @@ def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--engine", choices=("vllm", "reference"), default="vllm")
-    running.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    running.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="default: float32; with vLLM on a GPU, where some kernels take no float32, bfloat16",
+    )  # fmt: skip
     running.add_argument("--max-model-len", type=positive, metavar="N", help="let sequences exceed the checkpoint's")
     running.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
     running.add_argument(
@@ -243,8 +247,11 @@ def run_task(
     """
     for spec in specs:
         check_reach(spec, task.max_length, arguments.max_model_len)
+        if arguments.engine == "vllm":
+            check_heads(spec)
     check_memory_size(specs, max(sizes, default=0))
-    settings = task.settings() | {"engine": arguments.engine, "dtype": arguments.dtype, "memlong": arguments.memlong}
+    dtype = arguments.dtype or default_dtype(arguments.engine)
+    settings = task.settings() | {"engine": arguments.engine, "dtype": dtype, "memlong": arguments.memlong}
     settings |= {"memory_sizes": list(sizes), "top_k": arguments.top_k}
     descriptions = {spec.label: describe(spec) for spec in specs}
     items = [task.items(spec) for spec in specs]
@@ -252,7 +259,7 @@ def run_task(
     with tempfile.TemporaryDirectory(prefix="memlong-evaluate-") as folder:
         how = ScorerSettings(
             engine=arguments.engine,
-            dtype=arguments.dtype,
+            dtype=dtype,
             # vLLM always generates a token, which is not computed any further.
             max_length=task.max_length + 1,
             scratch=Path(folder),
@@ -265,6 +272,11 @@ def run_task(
         for spec, of_model in zip(specs, items, strict=True):
             _run_model(task, spec, of_model, how, results)
     return results
+
+
+def default_dtype(engine: str) -> str:
+    """What numbers are compared in, unless said otherwise."""
+    return "bfloat16" if engine == "vllm" and torch.cuda.is_available() else "float32"
 
 
 def check_reach(spec: ModelSpec, length: int, allowed: int | None) -> None:

@@ -195,3 +195,14 @@ def _reason(error: Exception) -> str:
     """What an error says, without the object that pydantic prints after it."""
     errors = getattr(error, "errors", None)
     return "; ".join(entry["msg"] for entry in errors()) if callable(errors) else str(error)
+
+
+def supported_head_sizes() -> list[int] | None:
+    """Of vLLM's own attention where it has one backend only, on CPUs; None: it chooses one that fits."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return list(CPUAttentionBackend.get_supported_head_sizes())
