@@ -99,7 +99,9 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
     if isinstance(base, MemLongConfig) and base.backbone_max_position_embeddings is not None:
         trained = base.backbone_max_position_embeddings
     memory = MemoryConfig.from_dict(block, base.num_hidden_layers)
-    reach = max_length or max(trained, memory.memory_size + memory.local_window)
+    # That of a MemLong base stays, also without memory, as a control is: it is measured beside the base.
+    reached = base.max_position_embeddings if isinstance(base, MemLongConfig) else trained
+    reach = max_length or max(reached, memory.memory_size + memory.local_window)
     values = base.to_dict() | {
         "memlong": memory.to_dict(),
         "max_position_embeddings": reach,
@@ -192,8 +194,9 @@ def convert(
         raise ConversionError(f"{output} exists and is not an empty folder: choose another or remove it")
     if adapter is None and is_memlong(base):
         raise ConversionError(f"{base} is a MemLong checkpoint already; what can be done to it is --adapter")
-    # An adapter is merged into the weights as they are: rounding them first would make another base.
-    model, tokenizer = load_base(base, dtype if adapter is None else "auto")
+    # An adapter is merged into the weights as they are: rounding them first would make another base,
+    # and rounding sums to the base's type would lose what an adapter changes little.
+    model, tokenizer = load_base(base, dtype if adapter is None or dtype == "float32" else "auto")
     block = preset(preset_name, model.config.num_hidden_layers, model.config.max_position_embeddings)
     if isinstance(model.config, MemLongConfig):
         block |= model.config.memory.to_dict()

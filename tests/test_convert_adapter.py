@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from memlong_vllm.adapters import Adapter, AdapterError, LoraSettings, backbone_identity, load_adapter, save_adapter
 from memlong_vllm.adapters.peft_format import write_peft
 from memlong_vllm.cli import main
-from memlong_vllm.config import MemoryConfig, MemoryConfigError
-from memlong_vllm.conversion import ConversionError, adapted_block, convert
+from memlong_vllm.config import MemLongConfig, MemoryConfig, MemoryConfigError
+from memlong_vllm.conversion import ConversionError, adapted_block, convert, memlong_config
 from tests.checkpoints import MEMORY, SHAPE, Checkpoints
 from tests.engines import Engine, Reference, assert_parity
 
@@ -103,6 +103,10 @@ def test_a_control_is_made_without_memory(checkpoints: Checkpoints) -> None:
     control = make_adapter(checkpoints, training={"settings": {"with_memory": False}})
     assert adapted_block(block(checkpoints), control, {})["memory_size"] == 0
     assert adapted_block(block(checkpoints), control, {"memory_size": 256})["memory_size"] == 256
+    # As far as the model that it is measured beside.
+    base = MemLongConfig.from_pretrained(checkpoints.memlong())
+    made = memlong_config(base, base.memory.to_dict() | {"memory_size": 0}, None)
+    assert made.max_position_embeddings == base.max_position_embeddings
     elsewhere = make_adapter(checkpoints, training={"settings": "as in the paper"})
     assert adapted_block(block(checkpoints), elsewhere, {})["memory_size"] > 0
 
@@ -124,6 +128,18 @@ def test_weights_are_rounded_after_merging(
     convert(checkpoints.base(), tmp_path / "made", adapter=adapter, dtype=dtype)
     exact, made = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "made"))
     assert all(torch.equal(made[name], exact[name].to(getattr(torch, dtype))) for name in exact)
+
+
+def test_sums_are_not_rounded_to_the_type_of_the_base(
+    checkpoints: Checkpoints, adapter: Adapter, tmp_path: Path
+) -> None:
+    rounded = tmp_path / "rounded"
+    convert(checkpoints.base(), rounded, dtype="bfloat16")
+    convert(rounded, tmp_path / "made", adapter=adapter, dtype="float32", force=True)
+    base, made = (load_file(folder / "model.safetensors") for folder in (rounded, tmp_path / "made"))
+    learned = 2.0 * (adapter.tensors[f"{QUERY}.lora_B"] @ adapter.tensors[f"{QUERY}.lora_A"])
+    exact = base[f"{QUERY}.weight"].float() + learned
+    torch.testing.assert_close(made[f"{QUERY}.weight"], exact, rtol=0, atol=1e-6)
 
 
 def test_another_base(checkpoints: Checkpoints, adapter: Adapter, tmp_path: Path) -> None:
@@ -201,10 +217,12 @@ def test_what_is_said_of_untrained_parts(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     pairs = {name: tensor for name, tensor in make_adapter(checkpoints).tensors.items() if "lora" in name}
-    save_adapter(make_adapter(checkpoints, tensors=pairs, base=None), tmp_path / "pairs")
+    trained = {"position_type": "Continual"}
+    save_adapter(make_adapter(checkpoints, tensors=pairs, base=None, training=trained), tmp_path / "pairs")
     assert command(monkeypatch, "convert", checkpoints.base(), tmp_path / "a", "--adapter", tmp_path / "pairs") == 0
     printed = capsys.readouterr().out
     assert "does not say which base" in printed
+    assert "with memory before the window's positions" in printed
     assert "gates are zero" in printed
     assert command(monkeypatch, "convert", checkpoints.base(), tmp_path / "b", "--preset", "released") == 0
     printed = capsys.readouterr().out

@@ -82,6 +82,10 @@ def trained_state(config: MemLongConfig, adapter: Adapter | None) -> str:
         words.append(f"adapter {adapter.digest()[:12]} is merged ({pairs} LoRA pairs, {whole} whole parameters)")
         if adapter.base is None:
             words.append("it does not say which base model it was trained on: make sure it was this one")
+        if adapter.training.get("position_type") == "Continual":
+            words.append(
+                "it was trained with memory before the window's positions, not at 0 as here: expect less of it"
+            )
         if is_control(adapter):
             words.append("it was trained without memory, which is off (memory_size 0)")
             return "; ".join(words)
