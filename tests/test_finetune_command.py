@@ -15,7 +15,7 @@ import torch
 
 from memlong_vllm.adapters.adapter_file import load_adapter
 from memlong_vllm.cli import main as console
-from memlong_vllm.training.documents import TextsError, dataset_loader, find_texts
+from memlong_vllm.training.documents import Document, TextsError, dataset_loader, find_texts, take
 from tests.checkpoints import Checkpoints, novel
 
 OPTIONS = (
@@ -98,6 +98,12 @@ def test_a_dataset_in_a_folder(
     )
     assert status == 0, printed
     assert len(load_adapter(output).training["train"]) == 3
+
+
+def test_as_many_documents_are_taken_as_are_read() -> None:
+    documents = [Document(str(idx), [0] * length) for idx, length in enumerate((100, 400, 50, 500))]
+    for least, tokens, number in ((1, 100, 1), (2, 100, 2), (1, 101, 2), (1, 10_000, 4)):
+        assert len(take(iter(documents), least, tokens)) == number
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from memlong_vllm.adapters.errors import AdapterError
 from memlong_vllm.cli.model_argument import ModelArgumentError, resolve_model
-from memlong_vllm.config import MemLongConfig, MemoryConfigError
+from memlong_vllm.config import MemLongConfig, MemoryConfig, MemoryConfigError
 from memlong_vllm.conversion import is_memlong
 from memlong_vllm.memories.fingerprint import FingerprintError
 from memlong_vllm.retriever.embedder import RetrieverLoadError
@@ -19,11 +21,13 @@ from memlong_vllm.training.allocator import keep_freed_memory
 from memlong_vllm.training.documents import (
     Document,
     TextsError,
+    dataset_documents,
     dataset_loader,
     find_texts,
-    load_dataset_documents,
     read_documents,
+    take,
 )
+from memlong_vllm.training.features import least_tokens
 from memlong_vllm.training.finetune import finetune
 from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.run_state import ResumeError
@@ -61,7 +65,9 @@ def _add_data(group: Any) -> None:
     group.add_argument("--texts", nargs="+", default=[], metavar="GLOB", help="UTF-8 text files, one document each")
     group.add_argument("--dataset", help="dataset with a text column: hub name or folder (needs the datasets package)")
     group.add_argument("--dataset-split", default="train")
-    group.add_argument("--max-documents", type=int, default=1000, help="of --dataset")
+    group.add_argument(
+        "--max-documents", type=int, metavar="N", help="of --dataset (default: as many as the steps read once)"
+    )
     group.add_argument("--valid", nargs="+", default=[], metavar="GLOB", help="validation texts")
     group.add_argument("--document-tokens", type=int, help="tokens of each text that are used, from its beginning")
     group.add_argument("--valid-tokens", type=int, default=16384, help="of each validation text")
@@ -179,18 +185,31 @@ class _Texts:
         arguments, least = self.arguments, self.settings.segment_tokens
         train = read_documents(self.texts, tokenizer, arguments.document_tokens, least)
         if arguments.dataset:
-            train += load_dataset_documents(
-                arguments.dataset, arguments.dataset_split, tokenizer, arguments.max_documents,
-                arguments.document_tokens, least,
-            )  # fmt: skip
+            train += self._of_dataset(tokenizer)
         if arguments.weave_facts:
             train = self._woven(tokenizer, train)
         return train, read_documents(self.valid, tokenizer, arguments.valid_tokens, least)
+
+    def _of_dataset(self, tokenizer: Any) -> list[Document]:
+        """Texts that are long enough to retrieve; as many as are asked for, or as all steps read once."""
+        arguments, settings = self.arguments, self.settings
+        least = max(settings.segment_tokens, least_tokens(self._memory()))
+        found = dataset_documents(
+            arguments.dataset, arguments.dataset_split, tokenizer, arguments.document_tokens, least
+        )
+        if arguments.max_documents is not None:
+            return list(islice(found, arguments.max_documents))
+        rows = settings.rows * int(os.environ.get("WORLD_SIZE", "1"))
+        # Of a text, what is no whole segment is not read.
+        return take(found, rows, int(1.25 * settings.steps * settings.accumulation * rows * settings.segment_tokens))
+
+    def _memory(self) -> MemoryConfig:
+        return MemLongConfig.from_pretrained(self.model).memory
 
     def _woven(self, tokenizer: Any, train: list[Document]) -> list[Document]:
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        memory = MemLongConfig.from_pretrained(self.model).memory
+        memory = self._memory()
         recipe = WeaveRecipe(self.arguments.weave_facts, copies=self.arguments.weave_copies)
         return [weave(document, encode, memory, recipe, self.settings.seed) for document in train]

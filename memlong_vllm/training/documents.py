@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,33 +69,40 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, max_tokens: int | None
     return documents
 
 
-def load_dataset_documents(
-    name: str, split: str, tokenizer: Any, max_documents: int, max_tokens: int | None, min_tokens: int
-) -> list[Document]:
+def dataset_documents(
+    name: str, split: str, tokenizer: Any, max_tokens: int | None, min_tokens: int
+) -> Iterator[Document]:
     """The ``text`` column of a dataset of the ``datasets`` library: a hub name or a local folder.
 
     Too short texts are passed over.
 
     Raises:
-        TextsError: if the dataset cannot be loaded or has no such column.
+        TextsError: if the dataset cannot be loaded, has no such column or no text that is long enough.
     """
-    load_dataset = dataset_loader()
+    load_dataset, num_documents = dataset_loader(), 0
     try:
-        rows = load_dataset(name, split=split, streaming=True)
-        texts = (row["text"] for row in rows)
-        documents: list[Document] = []
-        for idx, text in enumerate(texts):
-            if len(documents) == max_documents:
-                break
+        for idx, row in enumerate(load_dataset(name, split=split, streaming=True)):
             try:
-                documents.append(make_document(f"{name}/{split}/{idx}", text, tokenizer, max_tokens, min_tokens))
+                document = make_document(f"{name}/{split}/{idx}", row["text"], tokenizer, max_tokens, min_tokens)
             except TextsError:
                 continue
+            num_documents += 1
+            yield document
     except (OSError, ValueError, KeyError) as error:
         raise TextsError(f"--dataset {name} (split {split}) has no usable 'text' column here: {error}") from error
-    if not documents:
+    if not num_documents:
         raise TextsError(f"--dataset {name} (split {split}) has no text of {min_tokens} tokens")
-    return documents
+
+
+def take(documents: Iterable[Document], min_documents: int, enough_tokens: int) -> list[Document]:
+    """Documents until they have so many tokens, but no fewer than ``min_documents``."""
+    taken, num_tokens = [], 0
+    for document in documents:
+        taken.append(document)
+        num_tokens += len(document.token_ids)
+        if num_tokens >= enough_tokens and len(taken) >= min_documents:
+            break
+    return taken
 
 
 def dataset_loader() -> Any:

@@ -109,6 +109,7 @@ PRESETS: dict[str, FinetuneSettings] = {
         steps=61_000,
         rows=1,
         learning_rate=5e-5,
+        memory_learning_rate=5e-6,  # Of which gates, a number a head, get ten times.
         warmup_steps=1000,
         weight_decay=1e-4,
         schedule="cosine",

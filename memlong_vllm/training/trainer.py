@@ -149,7 +149,9 @@ class Trainer:
         started, progress = time.perf_counter(), Progress()
         batches = [self.streams.next_batch() for _ in range(self.settings.accumulation)]
         # As one batch's: every token by its weight, whichever part of the update it is in.
-        weight = max(1.0, sum(float(batch.weights.sum()) for batch in batches)) / self.settings.accumulation
+        # Processes' gradients are averaged, so all divide by what a process has on average.
+        own = torch.tensor(sum(float(batch.weights.sum()) for batch in batches), device=self.accelerator.device)
+        weight = max(1.0, float(self.accelerator.reduce(own, "mean"))) / self.settings.accumulation
         for batch in batches:
             with self.accelerator.accumulate(self.upper):
                 self._forward_backward(batch.to(self.accelerator.device), weight, progress)
