@@ -31,12 +31,15 @@ TYPES = {
 }
 SPECIALIZED = ("query_stride", "output_stride")
 LAUNCHES = {
-    # name: compute capability, model, type, fusion, softmax, tokens of a span, spans.
-    "decode_3b": (90, "openllama-3b", torch.bfloat16, "gated", "all", 1, 4),
-    "decode_8b_joint": (80, "llama-3-8b", torch.float16, "joint", "all", 1, 4),
-    "prefill_3b_chunk": (80, "openllama-3b", torch.bfloat16, "gated", "chunk", 128, 4),
-    "prefill_8b": (90, "llama-3-8b", torch.bfloat16, "scaled_logits", "all", 128, 4),
-    "decode_3b_float32": (80, "openllama-3b", torch.float32, "joint", "all", 1, 200),
+    # name: compute capability, model, type, fusion, softmax, tokens of a span, spans, where sets lie.
+    "decode_3b": (90, "openllama-3b", torch.bfloat16, "gated", "all", 1, 4, "rows"),
+    "decode_3b_slots": (80, "openllama-3b", torch.bfloat16, "gated", "all", 1, 4, "slots"),
+    "decode_8b_joint": (80, "llama-3-8b", torch.float16, "joint", "all", 1, 4, "rows"),
+    "decode_8b_slots": (80, "llama-3-8b", torch.bfloat16, "joint", "all", 1, 4, "slots"),
+    "prefill_3b_chunk": (80, "openllama-3b", torch.bfloat16, "gated", "chunk", 128, 4, "slots"),
+    "prefill_8b": (90, "llama-3-8b", torch.bfloat16, "scaled_logits", "all", 128, 4, "slots"),
+    "prefill_8b_rows": (80, "llama-3-8b", torch.bfloat16, "joint", "all", 128, 4, "rows"),
+    "decode_3b_float32": (80, "openllama-3b", torch.float32, "joint", "all", 1, 200, "rows"),
 }
 
 
@@ -54,8 +57,10 @@ class Recorder:
         self.args, self.kwargs = args, kwargs
 
 
-def record(model: str, dtype: torch.dtype, fusion: str, softmax: str, max_tokens: int, num_spans: int) -> Recorder:
-    """What a launch is given; tensors are on the CPU: rows for single tokens, else a bank in slots."""
+def record(
+    model: str, dtype: torch.dtype, fusion: str, softmax: str, max_tokens: int, num_spans: int, place: str
+) -> Recorder:
+    """What a launch is given; tensors are on the CPU: sets in ``"rows"``, or a bank in ``"slots"``."""
     heads, recorder = MODELS[model], Recorder()
     block = {"memory_layer": 0, "retrieval_layers": [0], "chunk_size": CHUNK, "top_k": TOP_K}
     memory = MemoryConfig.from_dict(block | {"fusion": fusion, "memory_softmax": softmax}, 1)
@@ -67,7 +72,7 @@ def record(model: str, dtype: torch.dtype, fusion: str, softmax: str, max_tokens
     indices = torch.zeros(2, dtype=torch.int64)
     spans = Spans(torch.zeros(num_spans, 5, dtype=torch.int32), indices, indices, max_tokens)
     stored = Stored(*[torch.zeros(2, heads.num_kv_heads, TOP_K * CHUNK, heads.head_dim, dtype=dtype)] * 2, None)
-    if max_tokens > 1:
+    if place == "slots":
         stored = Stored(*[torch.zeros(heads.num_kv_heads, 2, CHUNK, heads.head_dim, dtype=dtype)] * 2, indices)
     gate, lse = rows[0, : heads.num_heads], torch.zeros(heads.num_heads, 2).T
     kernel.attend(
@@ -85,7 +90,9 @@ def compile_launch(capability: int, *launch: Any) -> dict[str, Any]:
     attributes: dict[tuple[int, ...], Any] = {}
     for i, (name, value) in enumerate(zip(names, recorder.args, strict=False)):
         if isinstance(value, torch.Tensor):
-            signature[name], attributes[i,] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = "*" + TYPES[value.dtype]
+            if name != "spans":
+                attributes[i,] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

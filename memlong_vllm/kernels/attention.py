@@ -21,7 +21,8 @@ ROW = tl.constexpr(4)
 NUM_COLUMNS = tl.constexpr(5)
 
 
-# These change from step to step, and nothing is faster for what they are divisible by.
+# These change from step to step, and nothing is faster for what they are divisible by; and the spans
+# of a step begin at any row of their table.
 @triton.jit(
     do_not_specialize=[
         "num_splits",
@@ -30,7 +31,8 @@ NUM_COLUMNS = tl.constexpr(5)
         "lse_head_stride",
         "row_stride",
         "head_stride",
-    ]
+    ],
+    do_not_specialize_on_alignment=["spans"],
 )
 def retrieval_attention(
     query,
