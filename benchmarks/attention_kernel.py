@@ -10,7 +10,8 @@ tokens, whose sets lie in slots of the bank. Each row has the median time of a c
 graph that cycles through more sets than the L2 cache holds, and of a call from Python; the floor,
 which is the bytes a call must move over the bandwidth of a large copy measured in the same run; and
 PyTorch's scaled dot product attention, which gets its keys and values gathered already and neither
-rotates nor merges anything. ``difference`` is the largest to the same computed in float32, relative
+rotates nor merges anything. With ``gated`` fusion, and ``joint``, which merges by log-sum-exps.
+``difference`` is the largest to the same computed in float32, relative
 to the largest value. ``copy_ahead``: sets copied from a bank in pinned host memory to the working
 set on a stream of its own, beside matrix products as large as a decoding step's lower layers.
 """
@@ -24,20 +25,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from result_file import write_result
+from result_file import save_result, write_result
 
 from memlong_vllm.config import MemoryConfig
-from memlong_vllm.memory_attention import attend
+from memlong_vllm.memory_attention import attend, attend_with_lse, merge
 from memlong_vllm.plan import ReadSpan
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.host_memory import allocate_host
-from memlong_vllm.worker.staging import Staging
 from memlong_vllm.worker.step_buffers import Spans, Stored
 from memlong_vllm.worker.working_set import DecodeRead, WorkingSet
 
@@ -47,6 +47,8 @@ SPAN = 128
 LEAST_CALLS = 16  # In a graph.
 MAX_POSITION = 4096
 GATE = 0.5
+AHEAD_CYCLES = 30_000_000
+FUSIONS = ("gated", "joint")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -74,8 +76,8 @@ MODELS = {
 }
 
 
-def memory_config() -> MemoryConfig:
-    block = {"memory_layer": 0, "retrieval_layers": [0], "chunk_size": CHUNK, "top_k": TOP_K}
+def memory_config(fusion: str) -> MemoryConfig:
+    block = {"memory_layer": 0, "retrieval_layers": [0], "chunk_size": CHUNK, "top_k": TOP_K, "fusion": fusion}
     return MemoryConfig.from_dict(block, 1)
 
 
@@ -86,13 +88,13 @@ class Cell:
         span_len: 1 for decoding, with sets in rows; else with sets in slots.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, num_spans: int, span_len: int) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype, fusion: str, num_spans: int, span_len: int) -> None:
         from memlong_vllm.kernels.launcher import HeadShape, RetrievalKernel
 
         self.model, self.num_spans, self.span_len = model, num_spans, span_len
         device = torch.device("cuda")
         heads = HeadShape(model.num_heads, model.num_kv_heads, model.head_dim, model.padded_dim, model.head_dim)
-        self.kernel = RetrievalKernel(heads, memory_config(), TOP_K, dtype, device)
+        self.kernel = RetrievalKernel(heads, memory_config(fusion), TOP_K, dtype, device)
         set_bytes = num_spans * model.set_size * dtype.itemsize
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.copies = min(64, -(-4 * cache // set_bytes) + 1)
@@ -108,6 +110,9 @@ class Cell:
         self.query = draw(num_tokens, model.num_heads * model.padded_dim)
         self.output = draw(num_tokens, model.num_heads * model.padded_dim)
         self.gate = torch.full((model.num_heads,), GATE, device=device, dtype=dtype)
+        self.lse = None
+        if fusion == "joint":
+            self.lse = torch.randn(num_tokens, model.num_heads, device=device, dtype=torch.float32)
         angles = torch.rand(MAX_POSITION, model.head_dim // 2, device=device) * 6
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
         self.token_idx = torch.arange(num_tokens, device=device)
@@ -133,7 +138,8 @@ class Cell:
     def calls(self) -> Iterator[Callable[[], None]]:
         for table in cycle(self.tables):
             spans = Spans(table, self.token_idx, self.positions, self.span_len)
-            yield partial(self.kernel.attend, self.query, self.output, spans, self.stored, self.cos_sin, self.gate)
+            tensors = self.query, self.output, spans, self.stored, self.cos_sin, self.gate
+            yield partial(self.kernel.attend, *tensors, local_lse=self.lse)
 
     def sdpa_calls(self) -> Iterator[Callable[[], Any]]:
         query = self._spans_of(self.query).transpose(1, 2).contiguous()
@@ -171,18 +177,32 @@ class Cell:
         left, right = self._spans_of(self.query).float().split(half, dim=-1)
         query = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
         keys, values = (t.float() for t in self.gathered(0))
-        memory = attend(query, keys, values, self.model.head_dim**-0.5)
-        expected = self._spans_of(local).float() + torch.tanh(torch.tensor(GATE)).item() * memory
+        expected = self._fused(self._spans_of(local).float(), query, keys, values)
         next(self.calls())()
         actual = self._spans_of(self.output).float()
         self.output.copy_(local)
         return float((actual - expected).abs().max() / expected.abs().max())
 
+    def _fused(
+        self, local: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Plain arithmetic, [num_spans, span_len, num_heads, head_dim]."""
+        scale = self.model.head_dim**-0.5
+        if self.lse is None:
+            return local + torch.tanh(torch.tensor(GATE)).item() * attend(query, keys, values, scale)
+        scales = torch.full((self.model.num_heads,), scale, device=query.device)
+        memory, memory_lse = attend_with_lse(query, keys, values, scales, torch.zeros_like(scales))
+        fused = merge(local.flatten(0, 1), self.lse, memory.flatten(0, 1), memory_lse.flatten(0, 1))
+        return fused.view_as(local)
 
-def time_us(run: Callable[[], Any], repetitions: int, calls: int = 1) -> float:
-    """Median time of a call, ``calls`` of which are in a run."""
+
+def time_us(run: Callable[[], Any], repetitions: int, calls: int = 1, ahead: bool = False) -> float:
+    """Median time of a call, ``calls`` of which are in a run. ``ahead``: the run is enqueued while the
+    GPU is kept busy, so that what Python takes is not part of it."""
     times = []
     for _ in range(repetitions):
+        if ahead:
+            torch.cuda._sleep(AHEAD_CYCLES)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -217,8 +237,10 @@ def copy_bandwidth(repetitions: int) -> float:
     return 2 * source.nbytes / time_us(lambda: target.copy_(source), repetitions) * 1e6
 
 
-def measure(name: str, dtype: str, num_spans: int, span_len: int, bandwidth: float, repetitions: int) -> dict[str, Any]:
-    cell = Cell(MODELS[name], DTYPES[dtype], num_spans, span_len)
+def measure(
+    name: str, dtype: str, fusion: str, num_spans: int, span_len: int, bandwidth: float, repetitions: int
+) -> dict[str, Any]:
+    cell = Cell(MODELS[name], DTYPES[dtype], fusion, num_spans, span_len)
     difference = cell.difference()
     calls = cell.calls()
     in_graph = graph_time_us(calls, cell.copies, repetitions)
@@ -227,6 +249,7 @@ def measure(name: str, dtype: str, num_spans: int, span_len: int, bandwidth: flo
         "kind": "decode" if span_len == 1 else "prefill",
         "model": name,
         "dtype": dtype,
+        "fusion": fusion,
         "spans": num_spans,
         "difference": difference,
         "kernel_us": in_graph,
@@ -248,7 +271,7 @@ def copy_ahead(name: str, batch: int, repetitions: int) -> dict[str, Any]:
     model, dtype, device = MODELS[name], torch.bfloat16, torch.device("cuda")
     allocate = partial(allocate_host, view=get_accelerator_view_from_cpu_tensor)
     bank = MemoryBank(batch * TOP_K, CHUNK, model.num_kv_heads, model.head_dim, dtype, device, allocate)
-    rows = WorkingSet(bank, Staging(bank, MEMORY), batch, TOP_K)
+    rows = WorkingSet(bank, batch, TOP_K)
     hidden = torch.randn(batch, model.hidden, device=device, dtype=dtype)
     up = torch.randn(model.hidden, 3 * model.intermediate + 4 * model.hidden, device=device, dtype=dtype)
     retrieval_ids = iter(range(1 << 30))
@@ -272,7 +295,7 @@ def copy_ahead(name: str, batch: int, repetitions: int) -> dict[str, Any]:
 
     for run in (fill_and_wait, compute, both):
         run()
-    times = {run.__name__: time_us(run, repetitions) for run in (fill_and_wait, compute, both)}
+    times = {run.__name__: time_us(run, repetitions, ahead=True) for run in (fill_and_wait, compute, both)}
     hidden_us = times["fill_and_wait"] + times["compute"] - times["both"]
     overlap = hidden_us / min(times["fill_and_wait"], times["compute"])
     num_bytes = batch * model.set_size * dtype.itemsize
@@ -284,7 +307,9 @@ def copy_ahead(name: str, batch: int, repetitions: int) -> dict[str, Any]:
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     decode = [row for row in rows if row["kind"] == "decode" and row["dtype"] == "bfloat16"]
     return {
-        "decode, floor over kernel": {f"{row['model']} x {row['spans']}": row["floor_over_kernel"] for row in decode},
+        "decode, floor over kernel": {
+            f"{row['model']} {row['fusion']} x {row['spans']}": row["floor_over_kernel"] for row in decode
+        },
         "decode, cells at 0.8 of the floor or more": sum(row["floor_over_kernel"] >= 0.8 for row in decode),
         "decode, cells": len(decode),
         "largest difference": {
@@ -314,18 +339,22 @@ def main() -> None:
         "triton": version("triton"),
         "cuda": torch.version.cuda,
     }
-    rows = []
-    for model in MODELS:
-        for dtype in arguments.dtypes:
-            for num_spans, span_len in [(n, 1) for n in arguments.batches] + [
-                (n, SPAN) for n in arguments.prefill_spans
-            ]:
-                rows.append(measure(model, dtype, num_spans, span_len, bandwidth, arguments.repetitions))
-                print(rows[-1], flush=True)
-        for batch in arguments.batches:
-            rows.append(copy_ahead(model, batch, arguments.repetitions))
-            print(rows[-1], flush=True)
+    rows: list[dict[str, Any]] = []
+    for run in runs_of(arguments, bandwidth):
+        rows.append(run())
+        print(rows[-1], flush=True)
+        # A failure leaves what was measured before.
+        save_result(arguments.output, settings, rows, summarise(rows))
     write_result(arguments.output, settings, rows, summarise(rows))
+
+
+def runs_of(arguments: argparse.Namespace, bandwidth: float) -> Iterator[Callable[[], dict[str, Any]]]:
+    """One a row: all kernels first."""
+    spans = [(number, 1) for number in arguments.batches] + [(number, SPAN) for number in arguments.prefill_spans]
+    for model, dtype, fusion, span in product(MODELS, arguments.dtypes, FUSIONS, spans):
+        yield partial(measure, model, dtype, fusion, *span, bandwidth, arguments.repetitions)
+    for model, batch in product(MODELS, arguments.batches):
+        yield partial(copy_ahead, model, batch, arguments.repetitions)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from cells import Cell, Size, parse_size
 from contenders import AUTHORS, DTYPE_BYTES, FP8, FULL, INT8, MEMLONG, TITLES, WINDOW, Contenders, Options
 from interleaved import InterleavedRun, MeasureCell, Turns
-from measurement_file import MeasurementFile
+from measurement_file import MeasurementFile, available_bytes
 
 from memlong_vllm.config import GIB
 from memlong_vllm.demo_model import demo_checkpoint
@@ -90,6 +90,7 @@ def run(
     common |= {"step_tokens": arguments.step_tokens, "memlong": arguments.memlong}
     with tempfile.TemporaryDirectory() as folder:
         contenders = kind(checkpoint, Path(folder), arguments.engines, cells, options)
+        contenders.check_memory(available_bytes())
         described = contenders.describe()
         file = MeasurementFile(arguments.output, benchmark, common | settings, described, arguments.overwrite)
         InterleavedRun(file, contenders, measure, turns).run(cells)

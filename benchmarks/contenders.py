@@ -153,6 +153,20 @@ class Contenders:
             settings["additional_config"] = {"memlong": memlong | ({"memory_size": 0} if name == OFF else {})}
         return settings
 
+    def check_memory(self, available: int | None) -> None:
+        """All engines run at once.
+
+        Raises:
+            SystemExit: if their caches alone are more than there is, and the system would end one of them.
+        """
+        names = [name for name in self.names if name != AUTHORS and self._cells[name]]
+        total = sum(self.kv_bytes(name) + (self._bank_bytes(name) if name in OURS else 0) for name in names)
+        if available is not None and total > available:
+            raise SystemExit(
+                f"--kv-gib {self.options.kv_bytes / GIB:g}: the caches of {len(names)} engines take {total / GIB:.1f} "
+                f"GiB, {available / GIB:.1f} are available: lower it, or have fewer --engines or smaller cells"
+            )
+
     def kv_bytes(self, name: str) -> int:
         """Of the KV cache: for all sequences of the largest cell, within the limit. Engines with a
         window get as much as full attention where prompts are known: blocks that left the window hold prefixes."""

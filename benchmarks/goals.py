@@ -227,12 +227,15 @@ def _ledger(rows: Sequence[Row]) -> Goal:
     times = [time for row in mine for time in row["plain_ms"] + row["retrieving_ms"]]
     if not times:
         return Goal(name, 0.2, False, "ms", None, "not measured")
-    parts = []
+    parts, medians = [], []
     for field in ("plain_ms", "retrieving_ms"):
         values = [time for row in mine for time in row[field]]
         if values:
-            parts.append(f"{field.removesuffix('_ms')} steps {statistics.median(values):.3f} (n={len(values)})")
-    return Goal(name, 0.2, False, "ms", statistics.median(times), f"median of all; {', '.join(parts)}")
+            medians.append(statistics.median(values))
+            most = statistics.quantiles(values, n=100)[98] if len(values) > 1 else values[0]
+            kind = field.removesuffix("_ms")
+            parts.append(f"{kind} steps {medians[-1]:.3f}, p99 {most:.3f} (n={len(values)})")
+    return Goal(name, 0.2, False, "ms", max(medians), f"the worse median; {', '.join(parts)}")
 
 
 def _listed(found: Mapping[tuple[int, int], Spread]) -> str:

@@ -38,7 +38,8 @@ class Turns:
 class InterleavedRun:
     """All engines run at once, each in its process and idle but in its turn; so a busy machine
     slows all of them alike. Which goes first changes from repetition to repetition, each of which
-    has all cells, so that lengths can be compared as well as engines."""
+    has all cells, so that lengths can be compared as well as engines. Where an earlier run was stopped
+    before all engines had their turn, the others have theirs again."""
 
     def __init__(self, file: MeasurementFile, contenders: Contenders, measure: MeasureCell, turns: Turns) -> None:
         self._file, self._contenders, self._measure, self._turns = file, contenders, measure, turns
@@ -46,17 +47,29 @@ class InterleavedRun:
         self._setups: dict[str, int] = {}
         self._failed: set[tuple[str, Cell]] = set()
         self._broken: dict[str, str] = {}
+        self._run = 0
 
     def run(self, cells: Sequence[Cell]) -> None:
+        self._run = self._file.next_run()
         try:
             for repetition in range(self._turns.repetitions):
                 for cell in cells:
+                    self._begin_turns(cell, repetition)
                     for name in self._contenders.names[:: 1 if repetition % 2 == 0 else -1]:
                         if repetition < self._turns.of(name):
                             self._turn(name, cell, repetition)
         finally:
             for engine in self._running.values():
                 engine.stop()
+
+    def _begin_turns(self, cell: Cell, repetition: int) -> None:
+        """Forget the rows of an earlier run if it did not get to all engines."""
+        rows = [row for row in self._file.rows if row.items() >= cell.key.items()]
+        left_out = {row["engine"] for row in rows if row["repetition"] is None}
+        expected = {name for name in self._contenders.names if repetition < self._turns.of(name)} - left_out
+        done = [row for row in rows if row["repetition"] == repetition and row["engine"] in expected]
+        if expected - {row["engine"] for row in done}:
+            self._file.discard(done)
 
     def _turn(self, name: str, cell: Cell, repetition: int) -> None:
         key = {"engine": name, **cell.key}
@@ -121,6 +134,7 @@ class InterleavedRun:
         return f"would take {least:,.0f} s or more by its time at {where}; the limit is {self._turns.limit_s:,.0f} s"
 
     def _save(self, row: dict[str, Any]) -> None:
+        row |= {"run": self._run}
         self._file.append([row])
         shown = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
         print(

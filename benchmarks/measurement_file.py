@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,17 @@ class MeasurementFile(ResultsFile):
             name: [setups] if isinstance(setups, dict) else setups for name, setups in found["engines"].items()
         }
 
+    def next_run(self) -> int:
+        """The number of a run that begins now. Rows of one run were measured in turns."""
+        return 1 + max([row.get("run", 0) for row in self.rows], default=0)
+
+    def discard(self, rows: Sequence[Row]) -> None:
+        """Rows that will be measured anew; they stay in the file until others come."""
+        keys = {self._key_of(row) for row in rows}
+        kept = [row for row in self.rows if self._key_of(row) not in keys]
+        self.content["rows"], self._keys = kept, {self._key_of(row) for row in kept}
+        self._lines = [json.dumps(row) for row in kept]
+
     def _write(self) -> None:
         # Rows stay the last field.
         rows = self.content.pop("rows")
@@ -68,17 +81,26 @@ class MeasurementFile(ResultsFile):
         return setups.index(setup)
 
 
+def available_bytes() -> int | None:
+    """Of the machine's memory; None where that is not known."""
+    return _memory("MemAvailable")
+
+
+def _memory(name: str) -> int | None:
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+
+
 def machine() -> dict[str, Any]:
     """Cores, memory and load. The load includes the benchmark's own; above the number of cores,
     others were at work."""
-    memory = Path("/proc/meminfo")
-    lines = memory.read_text().splitlines() if memory.exists() else []
-    total = next((line.split()[1] for line in lines if line.startswith("MemTotal")), None)
+    total = _memory("MemTotal")
     return {
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
         "niceness": os.nice(0),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "memory_gib": round(int(total) / (1 << 20), 1) if total else None,
+        "memory_gib": round(total / (1 << 30), 1) if total else None,
         "load": os.getloadavg(),
     }

@@ -1,4 +1,4 @@
-"""A results file that is written at the end of a run, with a summary."""
+"""A results file that is written whole, with a summary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from typing import Any
 
 def write_result(output: Path, settings: dict[str, Any], rows: list[dict[str, Any]], summary: Any) -> None:
     """The file under ``benchmarks/results``: what was run, where, every measurement (one a line), and
-    the summary."""
+    the summary, which is printed as well."""
+    save_result(output, settings, rows, summary)
+    print(json.dumps(summary, indent=2))
+
+
+def save_result(output: Path, settings: dict[str, Any], rows: list[dict[str, Any]], summary: Any) -> None:
+    """The file alone, for instance after every row."""
     result = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "versions": {name: version(name) for name in ("memlong-vllm", "vllm", "torch", "transformers")},
@@ -25,4 +31,3 @@ def write_result(output: Path, settings: dict[str, Any], rows: list[dict[str, An
     lines = ",\n    ".join(json.dumps(row) for row in rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2).replace('"rows": []', f'"rows": [\n    {lines}\n  ]') + "\n")
-    print(json.dumps(summary, indent=2))

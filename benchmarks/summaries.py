@@ -81,6 +81,12 @@ def by_repetition(rows: Sequence[Row], measure: Measure, engine: str, size: Size
     return {row["repetition"]: row[measure.field] for row in mine if row.get(measure.field) is not None}
 
 
+def runs_of(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> dict[int, int | None]:
+    """By repetition, which run of the benchmark measured it; None: there was only one."""
+    mine = measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1])
+    return {row["repetition"]: row.get("run") for row in mine}
+
+
 def spread(values: Sequence[float]) -> Spread | None:
     if not values:
         return None
@@ -92,15 +98,11 @@ def of(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> Spread
 
 
 def ratio(rows: Sequence[Row], measure: Measure, engine: str, other: str, size: Size) -> Spread | None:
-    """Of the medians of the repetitions that both have, in which they took turns; low and high are
-    those of single repetitions."""
+    """Of each repetition of one run that both have, in which they took turns."""
     mine, theirs = (by_repetition(rows, measure, name, size) for name in (engine, other))
-    both = sorted(mine.keys() & theirs.keys())
-    if not both:
-        return None
-    pairs = [mine[number] / theirs[number] for number in both]
-    middle = statistics.median(mine[number] for number in both) / statistics.median(theirs[number] for number in both)
-    return Spread(middle, min([middle, *pairs]), max([middle, *pairs]), len(pairs))
+    runs = [runs_of(rows, measure, name, size) for name in (engine, other)]
+    both = sorted(number for number in mine.keys() & theirs.keys() if runs[0][number] == runs[1][number])
+    return spread([mine[number] / theirs[number] for number in both])
 
 
 def sizes(rows: Sequence[Row], workload: str) -> list[Size]:

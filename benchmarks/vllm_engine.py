@@ -146,7 +146,8 @@ def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
     """Note every call of a scheduler in ``steps``. Times in ms.
 
     A step has ``began_s`` (of ``time.perf_counter``), ``num_tokens``, ``num_sequences``,
-    ``num_searches`` and ``num_holds`` (0 in stock vLLM); ``schedule_ms``, of ``schedule()``;
+    ``num_searches``, ``num_holds`` and ``num_embedding``, texts that are being embedded beside the step
+    (0 in stock vLLM); ``schedule_ms``, of ``schedule()``;
     ``stock_ms``, the part of vLLM's own scheduler in it; ``update_ms`` and ``stock_update_ms``
     likewise of ``update_from_output()``.
     """
@@ -155,7 +156,8 @@ def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
     for name in spent:
         _time_stock(stock, name, spent)
     schedule, update = scheduler.schedule, scheduler.update_from_output
-    counters = scheduler.counters if hasattr(scheduler, "memory_stats") else SimpleNamespace(searches=0, holds=0)
+    is_memlong = hasattr(scheduler, "memory_stats")
+    counters = scheduler.counters if is_memlong else SimpleNamespace(searches=0, holds=0)
 
     def schedule_and_note(*args: Any, **kwargs: Any) -> Any:
         searches, holds, began = counters.searches, counters.holds, time.perf_counter()
@@ -169,6 +171,7 @@ def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
                 "num_sequences": len(output.num_scheduled_tokens),
                 "num_searches": counters.searches - searches,
                 "num_holds": counters.holds - holds,
+                "num_embedding": scheduler._service.num_pending() if is_memlong else 0,
             }
         )
         return output

@@ -121,11 +121,13 @@ def test_every_benchmark_runs_with_every_contender(model: Path, tmp_path: Path) 
     short = ["--lengths", 256, "--answer", 8]
     names = {"throughput": [*short, "--decoded", 24], "latency": short, "memory": short}
     names["online"] = [*short, "--rate", 5, "--engines", "memlong", "window", "full", "authors"]
-    names["retrieval"] = ["--lengths", 128, "--ledger-length", 256, "--ledger-steps", 40]
+    names["retrieval"] = ["--lengths", 512, "--ledger-length", 256, "--ledger-steps", 40]
     for name, words in names.items():
         content = run(f"{name}.py", tmp_path / f"{name}.json", *common, *words)
         missing = {row["engine"]: row["skipped"] for row in content["rows"] if "skipped" in row}
         assert missing.keys() <= {"fp8", "int8", "authors"}, missing
+    words = [*common, *short, "--decoded", 24, "--compiled", "--engines", "memlong", "window"]
+    assert len(run("throughput.py", tmp_path / "compiled.json", *words)["rows"]) == 2 * 3
     words = ["--run", "--shape", model, "--model", model, "--length", 256, "--answer", 8]
     content = run("paper_scale.py", tmp_path / "paper_scale.json", *words)
     assert "skipped" not in content["rows"][-1]
