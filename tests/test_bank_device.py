@@ -13,7 +13,7 @@ import torch
 from memlong_vllm.config import MemLongConfig, memory_bytes
 from memlong_vllm.plan import ChunkLoad, ChunkSave, StepPlan
 from memlong_vllm.worker.step_memory import StepMemory
-from tests.checkpoints import novel
+from tests.checkpoints import MEMORY, novel
 from tests.engines import Engine, Reference, assert_parity, logprobs_of
 from tests.test_engine_processes import check
 
@@ -125,11 +125,11 @@ def adapter_weights(model: Path, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_decoding_adapts_once_a_retrieval_and_after_weights_were_loaded(
+def test_chunks_are_adapted_once_and_after_weights_were_loaded(
     start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int]
 ) -> None:
     model = checkpoints.memlong(**VARIANTS["joint_adapter"])
-    engine, num_layers = start_engine(model, max_num_seqs=2), 3
+    engine, num_layers, top_k = start_engine(model, max_num_seqs=2), 3, MEMORY["top_k"]
     memory = step_memory(engine)
     assert memory.adaptation is not None
 
@@ -147,8 +147,11 @@ def test_decoding_adapts_once_a_retrieval_and_after_weights_were_loaded(
         assert_parity(output, reference, TINY)
     gathers, adapted, reuses = (now - then for now, then in zip(counts(), before, strict=True))
     assert gathers > 3
-    assert adapted == num_layers * gathers
+    assert 0 < adapted < num_layers * gathers * top_k
     assert reuses > 5 * gathers
+    # Each chunk once, whichever retrievals found it, of prefill and of decoding.
+    found = {(line["request_id"], chunk) for line in engine.trace() for chunk in line.get("chunk_ids", ())}
+    assert memory.adaptation.num_adapted == num_layers * len(found)
 
     engine.add(tokens[2000:2150], max_tokens=12)
     while not any(r.num_computed_tokens > 152 for r in engine.scheduler.requests.values()):
@@ -158,7 +161,8 @@ def test_decoding_adapts_once_a_retrieval_and_after_weights_were_loaded(
     runner.get_model().load_weights(weights.items())
     engine.step()
     # The retrieval is the one of the step before. The memory layer's adapter is the identity now.
-    assert counts() == (before[0] + 1, before[1] + num_layers - 1, before[2])
+    in_force = len(engine.trace()[-1]["chunk_ids"])
+    assert counts() == (before[0] + 1, before[1] + (num_layers - 1) * in_force, before[2])
     engine.run()
     reference.model.load_state_dict(weights, strict=False)
     (output,) = engine.generate([tokens[3000:3200]], max_tokens=30)
