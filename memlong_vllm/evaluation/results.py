@@ -118,7 +118,7 @@ class ResultsFile:
         self.content["models"] = found["models"] | self.content["models"]
         self.content["model"] = next(iter(self.content["models"].values()))
         self.content["command_lines"] = found.get("command_lines", [])
-        self.content["code"] = found.get("code", [])
+        self.content["code"] = found.get("code", ["not noted"])
         self.content["rows"] = found["rows"]
 
     def _command_line(self) -> str:
