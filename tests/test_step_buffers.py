@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 from memlong_vllm.config import step_buffer_bytes
 from memlong_vllm.plan import ReadSpan, SequencePlan
-from memlong_vllm.worker.step_buffers import NUM_TOKENS
+from memlong_vllm.worker.step_buffers import NUM_TOKENS, Spans, Stored
 from memlong_vllm.worker.step_memory import StepMemory
+from memlong_vllm.worker.step_metadata import SlotSource
 from tests.buffer_watch import BUFFERS
-from tests.test_working_set import begin, decoding, make_layers, make_memory
+from tests.test_working_set import adapted, begin, decoding, in_bank, make_layers, make_memory
 
+SLOTS = ((1, 8), (2,), (5, 6), (9,))
 PREFILL = SequencePlan("p", 4, 10, (11,) * 4, (ReadSpan(5, 6, (1, 8), 2, 9), ReadSpan(6, 9, (2,), 4, 10)))
+OTHER = SequencePlan("q", 0, 5, (10,) * 3, (ReadSpan(0, 2, (5, 6), 2, 11), ReadSpan(2, 5, (9,), 4, 12)))
 
 
 def addresses(memory: StepMemory) -> list[int]:
     return [getattr(memory.buffers, name).data_ptr() for name in BUFFERS]
+
+
+def stored_copies(memory: StepMemory, layer: int) -> Iterator[tuple[Spans, Stored]]:
+    """What a layer is given, each valid only before the next is asked for."""
+    for spans, stored in memory.stored(layer):
+        yield spans, Stored(stored.keys.clone(), stored.values.clone(), stored.slots)
 
 
 def test_steps_of_any_shape_use_the_same_memory() -> None:
@@ -53,15 +65,31 @@ def test_spans_of_an_earlier_step_do_not_stay() -> None:
     assert memory.buffers.spans[:, NUM_TOKENS].tolist() == [1] + [0] * (len(memory.buffers.spans) - 1)
 
 
-def test_what_must_be_adapted_is_read_group_by_group() -> None:
-    memory = make_memory(num_rows=4, layers=make_layers())
-    begin(memory, decoding("a", 9, (3, 7), 1), PREFILL)
-    read = [(spans.table.tolist(), stored.keys.clone(), stored.slots) for spans, stored in memory.stored(1)]
-    assert [table for table, _, _ in read] == [[[4, 1, 2, 3, 0]], [[0, 1, 2, 0, 0]], [[1, 3, 1, 2, 0]]]
+@pytest.mark.parametrize("adapted_chunks", [12, 4])
+def test_what_is_adapted_is_read_group_by_group(adapted_chunks: int) -> None:
+    """Where it is kept, or copied out where a step reads more than is kept."""
+    layers = make_layers()
+    memory = make_memory(num_rows=4, layers=layers, adapted_chunks=adapted_chunks)
+    begin(memory, decoding("a", 9, (3, 7), 1), PREFILL, OTHER)
     assert memory.metadata is not None
-    for group, (_, keys, slots) in zip(memory.metadata.groups, read[1:], strict=False):
-        assert slots is None
-        assert torch.equal(keys, memory.read(group.source, 1)[0])
+    groups = [group for group in memory.metadata.groups if isinstance(group.source, SlotSource)]
+    (in_rows, rows), *in_slots = list(stored_copies(memory, 1))
+    assert (in_rows.table.tolist(), rows.slots) == ([[9, 1, 2, 6, 0]], None)
+    read: list[tuple[int, ...]] = []
+    for group, (spans, stored) in zip(groups, in_slots, strict=True):
+        assert (stored.slots is not None) == group.source.is_kept
+        for row, (_, _, num_chunks, first_slot, place) in enumerate(spans.table.tolist()):
+            if stored.slots is None:
+                keys = stored.keys[place]
+            else:
+                keys = torch.cat([stored.keys[:, slot] for slot in stored.slots[first_slot:][:num_chunks]], dim=1)
+            assert torch.equal(keys, memory.read(group.source, 1)[0][row])
+            slots = next(
+                slots for slots in SLOTS if torch.equal(keys, adapted(layers[1], *in_bank(memory.bank, slots))[0])
+            )
+            read.append(slots)
+    assert sorted(read) == sorted(SLOTS)
+    assert all(group.source.is_kept for group in groups) == (adapted_chunks == 12)
 
 
 def test_bytes_are_those_of_the_limits() -> None:
