@@ -217,7 +217,7 @@ def bank_slots(vllm_config: VllmConfig) -> int:
     return min(fitting, (one + named) * scheduler_config.max_num_seqs)
 
 
-def adapted_chunks(vllm_config: VllmConfig) -> int:
+def num_adapted_chunks(vllm_config: VllmConfig) -> int:
     """Chunks that each retrieval layer keeps as its adapter made them."""
     memory, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
     kept = num_adapted_tokens(request_limits(memory, deployment), deployment) // memory.chunk_size
@@ -250,7 +250,7 @@ def memory_bytes(vllm_config: VllmConfig) -> dict[str, int]:
         "bank": bank_slots(vllm_config) * memory.chunk_size,
         "working_set": vllm_config.scheduler_config.max_num_seqs * working_set_tokens(memory),
         "staging": num_staging_tokens(memory, deployment),
-        "adapted": adapted_chunks(vllm_config) * memory.chunk_size * len(memory.retrieval_layers),
+        "adapted": num_adapted_chunks(vllm_config) * memory.chunk_size * len(memory.retrieval_layers),
     }
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     kept = {name: count * _token_bytes(vllm_config) for name, count in tokens.items()}

@@ -27,8 +27,8 @@ from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from memlong_vllm.config import (
     MemLongConfig,
     MemoryConfig,
-    adapted_chunks,
     bank_slots,
+    num_adapted_chunks,
     num_staging_tokens,
     request_limits,
     resolve,
@@ -209,7 +209,7 @@ def make_step_memory(vllm_config: VllmConfig, layers: Sequence[RetrievalAttentio
         staging_tokens,
         heads,
         adaptation,
-        adapted_chunks(vllm_config),
+        num_adapted_chunks(vllm_config),
     )
 
 

@@ -36,7 +36,7 @@ class Case:
         block: tokens of a chunk that a program attends to at once; None: the kernel's own choice.
         max_programs: for splits: programs there should be at most; None: the kernel's own choice.
         in_rows: whether decoding sequences have rows in the working set.
-        adapted_chunks: kept as adapters made them.
+        num_adapted_chunks: kept as adapters made them.
     """
 
     heads: HeadShape = HEADS_48
@@ -47,7 +47,7 @@ class Case:
     max_programs: int | None = None
     in_rows: bool = True
     is_on_device: bool = True
-    adapted_chunks: int = NUM_SLOTS
+    num_adapted_chunks: int = NUM_SLOTS
 
 
 FUSIONS = {
@@ -119,7 +119,7 @@ class Run:
         has_adapter = self.config.memory_adapter is not None
         adapters = Adaptation(self.adapters, ranks, staging, lambda mine: mine, chunk_size)
         adaptation = adapters if has_adapter else None
-        self.memory = StepMemory(bank, 4, TOP_K, 64, staging, ranks, adaptation, case.adapted_chunks)
+        self.memory = StepMemory(bank, 4, TOP_K, 64, staging, ranks, adaptation, case.num_adapted_chunks)
         self.query = self.draw(self.num_tokens, heads.num_heads * heads.padded_dim)
         self.output = self.draw(self.num_tokens, heads.num_heads * heads.padded_dim)
         # As FlashAttention has it: heads first.

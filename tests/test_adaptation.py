@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memlong_vllm.plan import ReadSpan, SequencePlan
-from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
+from memlong_vllm.worker.adaptation import Adaptation
 from memlong_vllm.worker.step_metadata import RowSource, SlotSource
 from memlong_vllm.worker.transfer import RankHeads
 from tests.test_working_set import (
@@ -87,7 +87,7 @@ def test_what_an_abandoned_step_did_not_adapt_is_adapted_later() -> None:
 
 def test_what_was_asked_for_longest_ago_makes_room() -> None:
     layers = make_layers()
-    memory = make_memory(layers=layers, staging_tokens=4, adapted_chunks=3)
+    memory = make_memory(layers=layers, staging_tokens=4, num_adapted_chunks=3)
     for step, (slots, made) in enumerate([((1, 2), 2), ((2, 3), 3), ((4, 2), 4), ((1, 2), 5), ((4, 1), 5)]):
         (group,) = begin(memory, decoding("a", step, slots, step))
         expect(memory, group, slots, layers=layers)
@@ -97,7 +97,7 @@ def test_what_was_asked_for_longest_ago_makes_room() -> None:
 
 def test_fewer_chunks_than_staging_holds_are_refused() -> None:
     with pytest.raises(ValueError, match="3 chunks are fewer than staging holds"):
-        make_memory(layers=make_layers(), staging_tokens=8, adapted_chunks=3)
+        make_memory(layers=make_layers(), staging_tokens=8, num_adapted_chunks=3)
 
 
 @pytest.mark.parametrize("staging_tokens", [4, 7, 8, 100])
@@ -113,10 +113,10 @@ def test_rows_are_filled_in_parts_that_staging_holds(staging_tokens: int, width:
     assert num_adapted(memory) == 8 * CHANGING
 
 
-@pytest.mark.parametrize(("adapted_chunks", "num_kept"), [(12, 2), (2, 1)])
-def test_sequences_without_a_row_read_what_is_kept(adapted_chunks: int, num_kept: int) -> None:
+@pytest.mark.parametrize(("num_adapted_chunks", "num_kept"), [(12, 2), (2, 1)])
+def test_sequences_without_a_row_read_what_is_kept(num_adapted_chunks: int, num_kept: int) -> None:
     layers = make_layers()
-    memory = make_memory(num_rows=1, staging_tokens=4, layers=layers, adapted_chunks=adapted_chunks)
+    memory = make_memory(num_rows=1, staging_tokens=4, layers=layers, num_adapted_chunks=num_adapted_chunks)
     for position in (9, 10):
         groups = begin(memory, *(decoding(name, position, (i, i + 4), i) for i, name in enumerate("abc")))
         assert [isinstance(group.source, RowSource) for group in groups] == [False, False, True]
@@ -207,8 +207,10 @@ def test_ranks_make_their_heads_of_all_ranks_heads(max_tokens: int, width: int) 
         mine = slice(rank, rank + heads_a_rank)
         adaptation = Adaptation(layers, RankHeads(rank, HEADS, rank), max_tokens, all_gather, 2)
         adaptation.prepare()
-        keys, values = stored[:, :, mine].clone()
-        adaptation.adapt(keys, values, [AdaptedKV(i, *made[i][:, :, mine]) for i in range(NUM_LAYERS)])
+        for layer in range(NUM_LAYERS):
+            keys, values = stored[:, :, mine].clone()
+            adaptation.adapt(keys, values, layer)
+            made[layer, :, :, mine] = torch.stack((keys, values))
         return adaptation.num_adapted
 
     with ThreadPoolExecutor(HEADS) as ranks:

@@ -11,13 +11,13 @@ from memlong_vllm.config import step_buffer_bytes
 from memlong_vllm.plan import ReadSpan, SequencePlan
 from memlong_vllm.worker.step_buffers import NUM_TOKENS, Spans, Stored
 from memlong_vllm.worker.step_memory import StepMemory
-from memlong_vllm.worker.step_metadata import SlotSource
 from tests.buffer_watch import BUFFERS
 from tests.test_working_set import adapted, begin, decoding, in_bank, make_layers, make_memory
 
-SLOTS = ((1, 8), (2,), (5, 6), (9,))
 PREFILL = SequencePlan("p", 4, 10, (11,) * 4, (ReadSpan(5, 6, (1, 8), 2, 9), ReadSpan(6, 9, (2,), 4, 10)))
 OTHER = SequencePlan("q", 0, 5, (10,) * 3, (ReadSpan(0, 2, (5, 6), 2, 11), ReadSpan(2, 5, (9,), 4, 12)))
+# By the row of a span's first token in a batch of one token, p and q.
+SLOTS_OF = {2: (1, 8), 3: (2,), 7: (5, 6), 9: (9,)}
 
 
 def addresses(memory: StepMemory) -> list[int]:
@@ -65,31 +65,29 @@ def test_spans_of_an_earlier_step_do_not_stay() -> None:
     assert memory.buffers.spans[:, NUM_TOKENS].tolist() == [1] + [0] * (len(memory.buffers.spans) - 1)
 
 
-@pytest.mark.parametrize("adapted_chunks", [12, 4])
-def test_what_is_adapted_is_read_group_by_group(adapted_chunks: int) -> None:
-    """Where it is kept, or copied out where a step reads more than is kept."""
+@pytest.mark.parametrize("num_adapted_chunks", [12, 4])
+def test_what_is_adapted_is_read_where_it_is_kept(num_adapted_chunks: int) -> None:
+    """All at once; if a step reads more than is kept, group by group, some of it copied out."""
     layers = make_layers()
-    memory = make_memory(num_rows=4, layers=layers, adapted_chunks=adapted_chunks)
+    memory = make_memory(num_rows=4, layers=layers, num_adapted_chunks=num_adapted_chunks)
     begin(memory, decoding("a", 9, (3, 7), 1), PREFILL, OTHER)
-    assert memory.metadata is not None
-    groups = [group for group in memory.metadata.groups if isinstance(group.source, SlotSource)]
-    (in_rows, rows), *in_slots = list(stored_copies(memory, 1))
+    (in_rows, rows), *in_slots = stored_copies(memory, 1)
     assert (in_rows.table.tolist(), rows.slots) == ([[9, 1, 2, 6, 0]], None)
-    read: list[tuple[int, ...]] = []
-    for group, (spans, stored) in zip(groups, in_slots, strict=True):
-        assert (stored.slots is not None) == group.source.is_kept
-        for row, (_, _, num_chunks, first_slot, place) in enumerate(spans.table.tolist()):
+    if num_adapted_chunks == 12:
+        assert [stored.slots is not None for _, stored in in_slots] == [True]
+    else:
+        assert {stored.slots is not None for _, stored in in_slots} == {True, False}
+    read: dict[int, torch.Tensor] = {}
+    for spans, stored in in_slots:
+        for first_entry, _, num_chunks, first_slot, row in spans.table.tolist():
+            token = int(spans.token_idx[first_entry])
             if stored.slots is None:
-                keys = stored.keys[place]
+                read[token] = stored.keys[row]
             else:
-                keys = torch.cat([stored.keys[:, slot] for slot in stored.slots[first_slot:][:num_chunks]], dim=1)
-            assert torch.equal(keys, memory.read(group.source, 1)[0][row])
-            slots = next(
-                slots for slots in SLOTS if torch.equal(keys, adapted(layers[1], *in_bank(memory.bank, slots))[0])
-            )
-            read.append(slots)
-    assert sorted(read) == sorted(SLOTS)
-    assert all(group.source.is_kept for group in groups) == (adapted_chunks == 12)
+                read[token] = stored.keys[:, stored.slots[first_slot:][:num_chunks]].flatten(1, 2)
+    assert read.keys() == SLOTS_OF.keys()
+    for token, keys in read.items():
+        assert torch.equal(keys, adapted(layers[1], *in_bank(memory.bank, SLOTS_OF[token]))[0])
 
 
 def test_bytes_are_those_of_the_limits() -> None:

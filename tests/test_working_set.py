@@ -61,7 +61,7 @@ def make_memory(
     staging_tokens: int = 8,
     device: torch.device = CPU,
     layers: Sequence[Weights] | None = None,
-    adapted_chunks: int = 12,
+    num_adapted_chunks: int = 12,
 ) -> StepMemory:
     """Every number in its bank is another. ``layers``: with adapters."""
     bank = MemoryBank(num_slots, chunk_size, HEADS, SIZE, torch.float32, device)
@@ -70,7 +70,7 @@ def make_memory(
     bank.values.copy_(numbers[bank.keys.numel() :].view_as(bank.keys))
     heads = RankHeads(0, 1, 0)
     adaptation = None if layers is None else Adaptation(layers, heads, staging_tokens, lambda mine: mine, chunk_size)
-    return StepMemory(bank, num_rows, top_k, 256, staging_tokens, heads, adaptation, adapted_chunks)
+    return StepMemory(bank, num_rows, top_k, 256, staging_tokens, heads, adaptation, num_adapted_chunks)
 
 
 def in_bank(bank: MemoryBank, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

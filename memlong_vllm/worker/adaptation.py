@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -25,18 +25,6 @@ class AdapterWeights(Protocol):
 
     @property
     def memory_v_adapter(self) -> torch.Tensor: ...
-
-
-class AdaptedKV(NamedTuple):
-    """Where a layer's keys and values go: [num_spans, num_kv_heads, num_tokens, head_dim].
-
-    Attributes:
-        layer: counts retrieval layers.
-    """
-
-    layer: int
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 class Adaptation:
@@ -98,30 +86,27 @@ class Adaptation:
             self._identities = frozenset(i for i, layer in enumerate(self._layers) if _is_identity(layer))
             self._is_stale = False
 
-    def adapt(self, keys: torch.Tensor, values: torch.Tensor, targets: Sequence[AdaptedKV]) -> None:
-        """Make layers' keys and values of stored ones.
+    def adapt(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> None:
+        """Make a layer's keys and values of stored ones, in place.
 
         Args:
             keys, values: [num_spans, num_kv_heads, num_tokens, head_dim], this rank's heads.
-            targets: of that shape, overwritten; also ``keys`` and ``values`` themselves, for one
-                layer alone.
+            layer: counts retrieval layers.
         """
-        for target in targets:
-            if target.layer in self._identities:
-                target.keys.copy_(keys)
-                target.values.copy_(values)
-        changing = [target for target in targets if target.layer not in self._identities]
-        if not changing:
+        if layer in self._identities:
             return
-        self.num_adapted += keys.shape[0] * len(changing)
+        self.num_adapted += keys.shape[0]
         # A part comes with the tokens before it.
         size = max(1, self._max_tokens // keys.shape[0] - (self._width - 1))
         # From the end, so that nothing is overwritten before tokens behind it have seen it.
         for first in reversed(range(0, keys.shape[2], size)):
             tokens = slice(first, min(first + size, keys.shape[2]))
             stored = self._join(keys, values, tokens)
-            for target in changing:
-                self._apply(stored, target, tokens)
+            for weight, out in (
+                (self._layers[layer].memory_k_adapter, keys),
+                (self._layers[layer].memory_v_adapter, values),
+            ):
+                self._apply(weight, stored, out[:, :, tokens])
 
     def _join(self, keys: torch.Tensor, values: torch.Tensor, tokens: slice) -> torch.Tensor:
         """[G, R, M, d] of this rank -> a copy, [G, T, w·2·S]: all ranks' keys, then their values, then
@@ -132,14 +117,12 @@ class Adaptation:
         stored = adapter_input(self._all_gather(mine).flatten(2), self._width, self._chunk_size, first)
         return stored[:, tokens.start - first :]
 
-    def _apply(self, stored: torch.Tensor, target: AdaptedKV, tokens: slice) -> None:
-        num_heads, head_dim = target.keys.shape[1], target.keys.shape[3]
+    def _apply(self, weight: torch.Tensor, stored: torch.Tensor, out: torch.Tensor) -> None:
+        """[G, T, w·2·S] -> this rank's heads, [G, R, T, d]."""
+        num_heads, head_dim = out.shape[1], out.shape[3]
         first = self._heads.first_head * head_dim
-        mine = slice(first, first + num_heads * head_dim)
-        layer = self._layers[target.layer]
-        for weight, out in ((layer.memory_k_adapter, target.keys), (layer.memory_v_adapter, target.values)):
-            adapted = (stored @ weight[mine].T).unflatten(-1, (num_heads, head_dim))
-            out[:, :, tokens].copy_(adapted.transpose(1, 2))
+        adapted = stored @ weight[first : first + num_heads * head_dim].T
+        out.copy_(adapted.unflatten(-1, (num_heads, head_dim)).transpose(1, 2))
 
 
 def _is_identity(layer: AdapterWeights) -> bool:

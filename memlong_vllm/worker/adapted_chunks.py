@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
+from memlong_vllm.worker.adaptation import Adaptation
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.index_tensors import index_tensor
 from memlong_vllm.worker.staging import Staging
@@ -149,7 +149,7 @@ class AdaptedChunks:
         slots, places = index_tensor(np.asarray(missing, dtype=np.int64).T.copy(), self.layers[0].device)
         for layer, kept in enumerate(self.layers):
             stored = self._staging.gather(slots[:, None])
-            self._adaptation.adapt(*stored, [AdaptedKV(layer, *stored)])
+            self._adaptation.adapt(*stored, layer)
             kept.write_chunks(places, *stored)
 
     def abandon(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from memlong_vllm.plan import StepPlan
-from memlong_vllm.worker.adaptation import Adaptation, AdaptedKV
+from memlong_vllm.worker.adaptation import Adaptation
 from memlong_vllm.worker.adapted_chunks import AdaptedChunks
 from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.staging import Staging
@@ -32,7 +32,7 @@ class StepMemory:
         staging_tokens: tokens gathered at once; at least those of the largest set.
         heads: this rank's place among the ranks, which decides its part of a shard.
         adaptation: what retrieval layers make of the stored keys and values; None: nothing.
-        adapted_chunks: that are kept as they were made, for each of these layers.
+        num_adapted_chunks: that are kept as they were made, for each of these layers.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class StepMemory:
         staging_tokens: int,
         heads: RankHeads,
         adaptation: Adaptation | None = None,
-        adapted_chunks: int = 0,
+        num_adapted_chunks: int = 0,
     ) -> None:
         self.bank = bank
         self.staging = Staging(bank, staging_tokens)
         self.adaptation = adaptation
         self.adapted: AdaptedChunks | None = None
         if adaptation is not None:
-            self.adapted = AdaptedChunks(bank, self.staging, adaptation, adapted_chunks)
+            self.adapted = AdaptedChunks(bank, self.staging, adaptation, num_adapted_chunks)
         self.working_set = WorkingSet(bank, num_rows, top_k, self.adapted)
         self.buffers = StepBuffers(max_tokens, top_k, bank.device)
         self.metadata: StepMetadata | None = None
@@ -125,7 +125,7 @@ class StepMemory:
         keys, values = self.staging.gather(source.slots)
         if self.adaptation is not None:
             # The step reads more than is kept: these are made anew for each layer that reads them.
-            self.adaptation.adapt(keys, values, [AdaptedKV(layer, keys, values)])
+            self.adaptation.adapt(keys, values, layer)
         return keys, values
 
     def _complete(self) -> None:
@@ -146,17 +146,16 @@ class StepMemory:
         self._complete()
         if self.metadata.in_rows is not None:
             yield self.metadata.in_rows, self.working_set.stored(layer)
-        if self.metadata.in_bank is not None and self.bank.is_on_device and self.adaptation is None:
-            yield self.metadata.in_bank, Stored(self.bank.keys, self.bank.values, self.buffers.slots)
+        if self.metadata.in_bank is None:
             return
-        for group in self.metadata.groups:
-            if not isinstance(group.source, SlotSource):
-                continue
-            if self.adapted is not None and group.source.is_kept:
-                kept = self.adapted.layers[layer]
-                yield group.spans, Stored(kept.keys, kept.values, self.buffers.slots)
-            else:
-                yield group.spans, Stored(*self.read(group.source, layer), None)
+        from_slots = [(g.spans, g.source) for g in self.metadata.groups if not isinstance(g.source, RowSource)]
+        bank = self.bank if self.adapted is None else self.adapted.layers[layer]
+        in_place = Stored(bank.keys, bank.values, self.buffers.slots)
+        if bank.is_on_device if self.adapted is None else all(source.is_kept for _, source in from_slots):
+            yield self.metadata.in_bank, in_place
+            return
+        for spans, source in from_slots:
+            yield spans, in_place if source.is_kept else Stored(*self.read(source, layer), None)
 
     def nothing_stored(self, nums_spans: Sequence[int]) -> Iterator[tuple[Spans, Stored]]:
         """Reads by which nothing is read: so many spans of one token and of several, without any."""
