@@ -9,6 +9,8 @@ Patches, each with its reason and the change in vLLM that would make it needless
 * ``GPUModelRunner.execute_model`` (V1 and V2) takes the plan off the scheduler's output, and
   V1's ``_model_forward`` begins the memory's step once the batch is laid out. (V2 has a hook for
   the latter: the model state.) Until a runner passes extra scheduler output to the model.
+  Their ``reload_weights`` tells the memory, as ``load_weights`` does: it does not call that for
+  weights in a kernel's own format. Until models are told.
 * ``EngineCore.memlong_stats`` and ``memlong_memory``: new utility methods, for the HTTP routes.
   Until schedulers can answer utility calls themselves.
 * ``triton_utils.dispatcher``: its search of all modules for kernels fails on objects of llvmlite,
@@ -120,6 +122,18 @@ def _with_plan(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _with_notice(reload_weights: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reload_weights)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            reload_weights(self, *args, **kwargs)
+        finally:
+            if _is_memlong(self):
+                self.get_model().step_memory.weights_changed()
+
+    return wrapper
+
+
 def _patch_v1_runner() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -134,6 +148,7 @@ def _patch_v1_runner() -> None:
 
     GPUModelRunner._model_forward = _model_forward
     GPUModelRunner.execute_model = _with_plan(GPUModelRunner.execute_model)
+    GPUModelRunner.reload_weights = _with_notice(GPUModelRunner.reload_weights)
 
 
 def _patch_v2_runner() -> None:
@@ -143,6 +158,7 @@ def _patch_v2_runner() -> None:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
         GPUModelRunner.execute_model = _with_plan(GPUModelRunner.execute_model)
+        GPUModelRunner.reload_weights = _with_notice(GPUModelRunner.reload_weights)
 
 
 def _patch_streaming_input() -> None:

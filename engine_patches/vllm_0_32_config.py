@@ -66,6 +66,7 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "prefill context parallelism: remove --prefill-context-parallel-size",
         ),
         (parallel.use_ubatching, "dual batch overlap: remove --enable-dbo"),
+        (model.enable_sleep_mode, "sleep mode, which does not restore the memory: remove --enable-sleep-mode"),
         (vllm_config.lora_config is not None, "LoRA at run time: merge the adapter when converting"),
         (vllm_config.speculative_config is not None, "speculative decoding: remove --speculative-config"),
         (vllm_config.kv_transfer_config is not None, "KV connectors: remove --kv-transfer-config"),

@@ -13,7 +13,7 @@ import torch
 from memlong_vllm.config import MemLongConfig, memory_bytes
 from memlong_vllm.plan import ChunkLoad, ChunkSave, StepPlan
 from memlong_vllm.worker.step_memory import StepMemory
-from tests.checkpoints import MEMORY, novel
+from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_parity, logprobs_of
 from tests.test_engine_processes import check
 
@@ -39,6 +39,7 @@ def one_after_the_other(engine: Engine, prompts: list[list[int]]) -> list[tuple[
     return [logprobs_of(engine.generate([prompt], max_tokens=50)[0]) for prompt in prompts]
 
 
+NUM_LAYERS = 3
 SLOW = ("gated", "joint")  # The other one goes the same ways and the adapter's.
 
 
@@ -125,45 +126,65 @@ def adapter_weights(model: Path, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_chunks_are_adapted_once_and_after_weights_were_loaded(
-    start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int]
-) -> None:
-    model = checkpoints.memlong(**VARIANTS["joint_adapter"])
-    engine, num_layers, top_k = start_engine(model, max_num_seqs=2), 3, MEMORY["top_k"]
+def adapting_engine(start_engine: Callable[..., Engine], model: Path) -> tuple[Engine, StepMemory]:
+    engine = start_engine(model, max_num_seqs=2)
     memory = step_memory(engine)
     assert memory.adaptation is not None
+    return engine, memory
 
-    def counts() -> tuple[int, int, int]:
-        return memory.working_set.num_gathers, memory.adaptation.num_adapted, memory.working_set.num_reuses
 
-    reference = Reference(model)
+def counts(memory: StepMemory) -> tuple[int, int, int]:
+    assert memory.adaptation is not None
+    return memory.working_set.num_gathers, memory.adaptation.num_adapted, memory.working_set.num_reuses
+
+
+def decode_all_from(engine: Engine, position: int) -> None:
+    """Until every sequence has computed so many tokens."""
+    while any(request.num_computed_tokens < position for request in engine.scheduler.requests.values()):
+        engine.step()
+
+
+def test_chunks_are_adapted_once(start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int]) -> None:
+    model = checkpoints.memlong(**VARIANTS["joint_adapter"])
+    engine, memory = adapting_engine(start_engine, model)
     for start in (0, 500):
         engine.add(tokens[start : start + 150], max_tokens=60)
     # From here on everyone decodes; the one that waited longest for its retrievals from its first token.
-    while any(r.num_computed_tokens < 150 for r in engine.scheduler.requests.values()):
-        engine.step()
-    before = counts()
+    decode_all_from(engine, 150)
+    gathers, _, reuses = counts(memory)
+    reference = Reference(model)
     for output in engine.run().values():
         assert_parity(output, reference, TINY)
-    gathers, adapted, reuses = (now - then for now, then in zip(counts(), before, strict=True))
-    assert gathers > 3
-    assert 0 < adapted < num_layers * gathers * top_k
-    assert reuses > 5 * gathers
+    assert counts(memory)[0] - gathers > 3
+    assert counts(memory)[2] - reuses > 5 * (counts(memory)[0] - gathers)
     # Each chunk once, whichever retrievals found it, of prefill and of decoding.
     found = {(line["request_id"], chunk) for line in engine.trace() for chunk in line.get("chunk_ids", ())}
-    assert memory.adaptation.num_adapted == num_layers * len(found)
+    assert counts(memory)[1] == NUM_LAYERS * len(found)
+    engine.assert_empty()
 
+
+@pytest.mark.parametrize("way", ["load_weights", "reload_weights"])
+def test_chunks_are_adapted_anew_with_new_weights(
+    start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int], way: str
+) -> None:
+    """Also if they come in vLLM's own format, which no loader sees."""
+    model = checkpoints.memlong(**VARIANTS["joint_adapter"])
+    engine, memory = adapting_engine(start_engine, model)
     engine.add(tokens[2000:2150], max_tokens=12)
-    while not any(r.num_computed_tokens > 152 for r in engine.scheduler.requests.values()):
-        engine.step()
-    weights, before = adapter_weights(model, seed=2), counts()
+    decode_all_from(engine, 153)
+    weights, before = adapter_weights(model, seed=2), counts(memory)
     runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    runner.get_model().load_weights(weights.items())
+    if way == "load_weights":
+        runner.get_model().load_weights(weights.items())
+    else:
+        named = {name.replace(".memory_", ".memory.memory_"): tensor for name, tensor in weights.items()}
+        runner.reload_weights(weights_iterator=iter(named.items()), is_checkpoint_format=False)
     engine.step()
     # The retrieval is the one of the step before. The memory layer's adapter is the identity now.
     in_force = len(engine.trace()[-1]["chunk_ids"])
-    assert counts() == (before[0] + 1, before[1] + (num_layers - 1) * in_force, before[2])
+    assert counts(memory) == (before[0] + 1, before[1] + (NUM_LAYERS - 1) * in_force, before[2])
     engine.run()
+    reference = Reference(model)
     reference.model.load_state_dict(weights, strict=False)
     (output,) = engine.generate([tokens[3000:3200]], max_tokens=30)
     assert_parity(output, reference, TINY)

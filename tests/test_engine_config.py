@@ -67,6 +67,13 @@ def test_refused(model: Path, what: str) -> None:
         config(model, **REFUSED[what])
 
 
+def test_sleep_is_refused(model: Path) -> None:
+    engine_config = config(model)
+    engine_config.model_config.enable_sleep_mode = True  # CPUs have none: vLLM itself would refuse it here.
+    with pytest.raises(ValueError, match=r"MemLong does not support sleep mode.*remove --enable-sleep-mode"):
+        vllm_0_32_config.MemLongEngineConfig.verify_and_update_config(engine_config)
+
+
 @pytest.mark.parametrize("name", ["VLLM_BATCH_INVARIANT", "VLLM_USE_BREAKABLE_CUDAGRAPH"])
 def test_refused_variables(model: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
