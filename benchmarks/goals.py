@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from summaries import MEASURES, Measure, Row, Spread, measured, of, ratio, sizes
+from summaries import MEASURES, Measure, Row, Spread, Turn, by_turn, measured, ratio, sizes
 
 MEMLONG, WINDOW, FULL, OFF = "memlong", "window", "full", "off"
 FIELDS = {(measure.workload, measure.field): measure for measures in MEASURES.values() for measure in measures}
@@ -116,20 +116,28 @@ def _end_to_end(rows: Sequence[Row]) -> Goal:
 def _flatness(name: str, rows: Sequence[Row], measure: Measure) -> Goal:
     """How much dearer a token is at the dearest length than at the cheapest, the batch being equal."""
     title = f"{name}: cost per token, {FLAT[0]:,} to {FLAT[1]:,}"
-    worst, detail = None, "not measured at both ends with one batch"
+    worst, detail = None, "not measured at both ends with one batch in one run"
     for batch in sorted({batch for _, batch in sizes(rows, measure.workload)}):
-        costs = {}
-        for length, other in sizes(rows, measure.workload):
-            value = of(rows, measure, MEMLONG, (length, batch)) if other == batch else None
-            if value is not None and FLAT[0] <= length <= FLAT[1]:
-                costs[length] = 1000 / value.median
-        if not costs.keys() >= set(FLAT):
+        turns = _costs_by_turn(rows, measure, batch)
+        if not turns:
             continue
-        rise = 100 * (max(costs.values()) / min(costs.values()) - 1)
+        rise = statistics.median(100 * (max(costs.values()) / min(costs.values()) - 1) for costs in turns)
         if worst is None or rise > worst:
-            listed = ", ".join(f"{length:,}: {cost:.3g} ms" for length, cost in costs.items())
+            lengths = sorted(set().union(*turns))
+            medians = [statistics.median(costs[length] for costs in turns if length in costs) for length in lengths]
+            listed = ", ".join(f"{length:,}: {cost:.3g} ms" for length, cost in zip(lengths, medians, strict=True))
             worst, detail = rise, f"batch {batch}; {listed}"
     return Goal(title, 10.0, False, "% more", worst, detail)
+
+
+def _costs_by_turn(rows: Sequence[Row], measure: Measure, batch: int) -> list[dict[int, float]]:
+    """MemLong's ms a token, by length, of each turn that has both ends."""
+    found: dict[Turn, dict[int, float]] = {}
+    for length, other in sizes(rows, measure.workload):
+        if other == batch and FLAT[0] <= length <= FLAT[1]:
+            for turn, value in by_turn(rows, measure, MEMLONG, (length, batch)).items():
+                found.setdefault(turn, {})[length] = 1000 / value
+    return [costs for costs in found.values() if costs.keys() >= set(FLAT)]
 
 
 def retrieval_costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -137,20 +145,21 @@ def retrieval_costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     some sequence retrieves, in ms.
 
     ``own_ms`` is the scheduler's own time in such a step, ``whole_ms`` the whole step. Each is compared
-    with the median step that decodes as many sequences without a retrieval, ``plain_…``; there are
-    ``matched`` steps that can be. ``share_percent``: what retrieval adds in the scheduler, of the step's
-    time; where nothing compares, all of the scheduler's own time counts. ``whole_percent``: how much
-    longer the step is in all. ``held_percent``: of the sequences' time, in which they wait for an embedding.
+    with the median step of the same repetition that decodes as many sequences without a retrieval,
+    ``plain_…``; there are ``matched`` steps that can be. ``share_percent``: what retrieval adds in the
+    scheduler, of the step's time; where nothing compares, all of the scheduler's own time counts.
+    ``whole_percent``: how much longer the step is in all. ``held_percent``: of the sequences' time, in
+    which they wait for an embedding.
     """
     costs = []
     for workload in ("spread", "aligned"):
         for length, batch in sizes(rows, workload):
             mine = measured(rows, workload=workload, engine=MEMLONG, length=length, batch=batch)
-            if retrieving := _steps(mine, "retrieving"):
+            if pairs := [pair for row in mine for pair in _pairs(row)]:
                 held = [100 * row["counters"]["held_seconds"] / (row["total_s"] * batch) for row in mine]
                 cost = {"workload": workload, "length": length, "batch": batch}
                 cost |= {"held_percent": statistics.median(held)}
-                costs.append(cost | _compared(retrieving, _plain_steps(mine)))
+                costs.append(cost | _compared(pairs))
     return costs
 
 
@@ -163,16 +172,21 @@ class Step:
     whole_ms: float
 
 
-def _steps(rows: Iterable[Row], kind: str) -> list[Step]:
-    kinds = [row["by_kind"][kind] for row in rows]
-    fields = ("sequences", "own_ms", "whole_ms")
-    return [Step(*values) for each in kinds for values in zip(*(each[name] for name in fields), strict=True)]
+def _steps(row: Row, kind: str) -> list[Step]:
+    columns = (row["by_kind"][kind][name] for name in ("sequences", "own_ms", "whole_ms"))
+    return [Step(*values) for values in zip(*columns, strict=True)]
 
 
-def _plain_steps(rows: Iterable[Row]) -> dict[int, Step]:
+def _pairs(row: Row) -> list[tuple[Step, Step | None]]:
+    """Steps in which a sequence retrieves, each with the plain one that it is compared with."""
+    plain = _plain_steps(row)
+    return [(step, plain.get(step.sequences)) for step in _steps(row, "retrieving")]
+
+
+def _plain_steps(row: Row) -> dict[int, Step]:
     """The median step without a retrieval, by its number of sequences."""
     found: dict[int, list[Step]] = {}
-    for step in _steps(rows, "plain"):
+    for step in _steps(row, "plain"):
         found.setdefault(step.sequences, []).append(step)
     return {
         number: Step(
@@ -182,10 +196,10 @@ def _plain_steps(rows: Iterable[Row]) -> dict[int, Step]:
     }
 
 
-def _compared(retrieving: Sequence[Step], plain: Mapping[int, Step]) -> dict[str, Any]:
-    nothing = Step(0, 0.0, 0.0)
-    pairs = [(step, plain[step.sequences]) for step in retrieving if step.sequences in plain]
-    shares = [100 * (step.own_ms - plain.get(step.sequences, nothing).own_ms) / step.whole_ms for step in retrieving]
+def _compared(all_pairs: Sequence[tuple[Step, Step | None]]) -> dict[str, Any]:
+    retrieving = [step for step, _ in all_pairs]
+    pairs = [(step, other) for step, other in all_pairs if other is not None]
+    shares = [100 * (step.own_ms - (other.own_ms if other else 0.0)) / step.whole_ms for step, other in all_pairs]
     return {
         "steps": len(retrieving),
         "matched": len(pairs),

@@ -38,8 +38,9 @@ class Turns:
 class InterleavedRun:
     """All engines run at once, each in its process and idle but in its turn; so a busy machine
     slows all of them alike. Which goes first changes from repetition to repetition, each of which
-    has all cells, so that lengths can be compared as well as engines. Where an earlier run was stopped
-    before all engines had their turn, the others have theirs again."""
+    has all cells, so that lengths can be compared as well as engines. What is compared is of one
+    run: where an earlier one was stopped before all engines had their turn, or where an engine that
+    failed in it does not now, the others have theirs again."""
 
     def __init__(self, file: MeasurementFile, contenders: Contenders, measure: MeasureCell, turns: Turns) -> None:
         self._file, self._contenders, self._measure, self._turns = file, contenders, measure, turns
@@ -55,9 +56,9 @@ class InterleavedRun:
             for repetition in range(self._turns.repetitions):
                 for cell in cells:
                     self._begin_turns(cell, repetition)
-                    for name in self._contenders.names[:: 1 if repetition % 2 == 0 else -1]:
-                        if repetition < self._turns.of(name):
-                            self._turn(name, cell, repetition)
+                    self._take_turns(cell, repetition)
+                    if self._discard_older(cell, repetition):
+                        self._take_turns(cell, repetition)
         finally:
             for engine in self._running.values():
                 engine.stop()
@@ -70,6 +71,21 @@ class InterleavedRun:
         done = [row for row in rows if row["repetition"] == repetition and row["engine"] in expected]
         if expected - {row["engine"] for row in done}:
             self._file.discard(done)
+
+    def _take_turns(self, cell: Cell, repetition: int) -> None:
+        for name in self._contenders.names[:: 1 if repetition % 2 == 0 else -1]:
+            if repetition < self._turns.of(name):
+                self._turn(name, cell, repetition)
+
+    def _discard_older(self, cell: Cell, repetition: int) -> bool:
+        """Forget rows of an earlier run where one that failed there has been measured now."""
+        wanted = cell.key | {"repetition": repetition}
+        rows = [row for row in self._file.rows if row.items() >= wanted.items()]
+        older = [row for row in rows if row["run"] != self._run and row["engine"] in self._contenders.names]
+        if not older or len(older) == len(rows):
+            return False
+        self._file.discard(older)
+        return True
 
     def _turn(self, name: str, cell: Cell, repetition: int) -> None:
         key = {"engine": name, **cell.key}

@@ -61,15 +61,24 @@ def table(content: dict[str, Any], measure: Measure, footnotes: Footnotes) -> st
         if not any(cells):
             continue
         has_measures |= any(of(rows, measure, engine, size) is not None for engine in engines)
-        ratios = [ratio(rows, measure, "memlong", name, size) for name in compared]
+        ratios = [compare(content, measure, name, size, footnotes) for name in compared]
         losing = loses_to(rows, measure, size, engines)
         mark = f"**loses to {', '.join(losing)}**" if losing else ""
-        lines.append([f"{size[0]:,} x {size[1]}", *cells, *(shown(value) for value in ratios), mark])
+        lines.append([f"{size[0]:,} x {size[1]}", *cells, *ratios, mark])
     if not has_measures:
         return ""
     title = measure.title.replace("bytes", "MiB") if scale != 1 else measure.title
     header = ["length x batch", *engines, *(f"MemLong / {name}" for name in compared), ""]
     return f"**{title}** ({'more' if measure.more_is_better else 'less'} is better)\n\n" + markdown_table(header, lines)
+
+
+def compare(content: dict[str, Any], measure: Measure, other: str, size: Size, footnotes: Footnotes) -> str:
+    """MemLong's ratio to another engine."""
+    rows = content["rows"]
+    value = ratio(rows, measure, "memlong", other, size)
+    if value is None and all(of(rows, measure, engine, size) is not None for engine in ("memlong", other)):
+        return f"- {footnotes.mark(f'memlong and {other} were not measured in one run, so they are not compared')}"
+    return shown(value)
 
 
 def cell(content: dict[str, Any], measure: Measure, engine: str, size: Size, scale: float, footnotes: Footnotes) -> str:
@@ -139,7 +148,7 @@ def provenance(content: dict[str, Any]) -> str:
     return "\n".join(
         [
             *(f"- `{line}`" for line in content["command_lines"]),
-            f"- {settings}",
+            f"- {settings}; code {', '.join(content.get('code', ['not noted']))}",
             f"- vLLM {versions['vllm']}, torch {versions['torch']}, {versions['cpu']}, "
             f"{machine['usable_cores']} cores, {machine['memory_gib']} GiB; load {load}",
             "",
@@ -162,9 +171,9 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     ]
     pictures = [f"![{image.stem}]({image.name})\n" for image in images]
     intro = (
-        "Medians, and in brackets the least and the most of the repetitions; ratios are of medians, and in brackets "
+        "Medians, and in brackets the least and the most of the repetitions. So are ratios: each is of the turns that "
     )
-    intro += "those of single repetitions, in which engines take turns.\n"
+    intro += "two engines took in one repetition.\n"
     parts = ["# Benchmarks\n", intro, "## Goals\n", goal_table(list(contents.values())), *pictures]
     parts += [section(content, path) for path, content in contents.items()]
     output.write_text("\n".join(parts), encoding="utf-8")

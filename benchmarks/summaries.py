@@ -10,6 +10,8 @@ from typing import Any
 from cells import Size
 
 Row = dict[str, Any]
+Turn = tuple[int, int]
+"""Run of the benchmark, and repetition in it. What is compared was measured in the same one."""
 # What a user could serve instead; the window alone forgets, so it is a yardstick and no alternative.
 ALTERNATIVES = ("full", "fp8", "int8", "authors")
 
@@ -76,15 +78,13 @@ def measured(rows: Sequence[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if "skipped" not in row and all(row.get(key) == wanted[key] for key in wanted)]
 
 
-def by_repetition(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> dict[int, float]:
+def by_turn(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> dict[Turn, float]:
     mine = measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1])
-    return {row["repetition"]: row[measure.field] for row in mine if row.get(measure.field) is not None}
+    return {turn_of(row): row[measure.field] for row in mine if row.get(measure.field) is not None}
 
 
-def runs_of(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> dict[int, int | None]:
-    """By repetition, which run of the benchmark measured it; None: there was only one."""
-    mine = measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1])
-    return {row["repetition"]: row.get("run") for row in mine}
+def turn_of(row: Row) -> Turn:
+    return row.get("run", 0), row["repetition"]
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -94,15 +94,13 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def of(rows: Sequence[Row], measure: Measure, engine: str, size: Size) -> Spread | None:
-    return spread(list(by_repetition(rows, measure, engine, size).values()))
+    return spread(list(by_turn(rows, measure, engine, size).values()))
 
 
 def ratio(rows: Sequence[Row], measure: Measure, engine: str, other: str, size: Size) -> Spread | None:
-    """Of each repetition of one run that both have, in which they took turns."""
-    mine, theirs = (by_repetition(rows, measure, name, size) for name in (engine, other))
-    runs = [runs_of(rows, measure, name, size) for name in (engine, other)]
-    both = sorted(number for number in mine.keys() & theirs.keys() if runs[0][number] == runs[1][number])
-    return spread([mine[number] / theirs[number] for number in both])
+    """Of every turn that both had."""
+    mine, theirs = (by_turn(rows, measure, name, size) for name in (engine, other))
+    return spread([mine[turn] / theirs[turn] for turn in sorted(mine.keys() & theirs.keys())])
 
 
 def sizes(rows: Sequence[Row], workload: str) -> list[Size]:

@@ -162,6 +162,9 @@ def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
     def schedule_and_note(*args: Any, **kwargs: Any) -> Any:
         searches, holds, began = counters.searches, counters.holds, time.perf_counter()
         output = schedule(*args, **kwargs)
+        num_embedding = 0
+        if is_memlong:
+            num_embedding = scheduler._service.num_pending() + scheduler._service.num_at_work()
         steps.append(
             {
                 "began_s": began,
@@ -171,7 +174,7 @@ def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
                 "num_sequences": len(output.num_scheduled_tokens),
                 "num_searches": counters.searches - searches,
                 "num_holds": counters.holds - holds,
-                "num_embedding": scheduler._service.num_pending() if is_memlong else 0,
+                "num_embedding": num_embedding,
             }
         )
         return output

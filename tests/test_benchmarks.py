@@ -13,7 +13,7 @@ from cells import Cell, parse_size
 from command_line import cells_of
 from contenders import Contenders, Options
 from engine_process import EngineError
-from goals import WHOLE_STEP, goals
+from goals import WHOLE_STEP, goals, retrieval_costs
 from interleaved import InterleavedRun, Turns
 from ledger_step import ledger_times
 from measurement_file import MeasurementFile, read_results
@@ -146,6 +146,7 @@ class Recorder:
         return {"tokens_per_s": 1.0}
 
 
+FULL_ONCE = [("full", 64, 0)]
 CELLS = [Cell("prefill", 64, 1, 4), Cell("prefill", 128, 1, 4)]
 EXPECTED = [("memlong", 64, 0), ("full", 64, 0), ("memlong", 128, 0), ("memlong", 64, 1), ("memlong", 128, 1)]
 
@@ -215,6 +216,18 @@ def test_an_engine_that_fails_is_started_again(tmp_path: Path) -> None:
         rows = measure_all(tmp_path / "large.json", recorder, turns, contenders).content["rows"]
         assert (len(recorder.calls), contenders.started.count("memlong")) == (calls, starts)
     assert {row["repetition"] for row in rows if row["engine"] == "memlong" and row["length"] == 64} == {0, 1, 2}
+
+
+def test_others_have_their_turns_again_beside_an_engine_that_had_failed(tmp_path: Path) -> None:
+    path, turns, first, again = tmp_path / "results.json", Turns(repetitions=1), Recorder(fails=FULL_ONCE), Recorder()
+    measure_all(path, first, turns)
+    assert first.calls == [("memlong", 64, 0), ("full", 64, 0), ("memlong", 128, 0)]
+    rows = measure_all(path, again, turns).content["rows"]
+    assert again.calls == [("full", 64, 0), ("memlong", 64, 0)]
+    assert ratio(rows, Measure("prefill", "tokens_per_s", ""), "memlong", "full", (64, 1)) is not None
+    last = Recorder()
+    measure_all(path, last, turns)
+    assert not last.calls
 
 
 def test_what_would_take_too_long_is_left_out(tmp_path: Path) -> None:
@@ -295,6 +308,20 @@ def test_goals_are_computed_from_the_rows(throughput_results: Path) -> None:
     assert len(found) == 9
 
 
+def test_lengths_are_compared_within_a_run(throughput_results: Path) -> None:
+    name = "prefill: cost per token, 8,192 to 65,536"
+    rows = read_results(throughput_results)["rows"]
+    # The second repetition's rows at 64k are of another run, in which everything was slower.
+    for row in rows:
+        if (row["length"], row["repetition"]) == (65536, 1):
+            row |= {"run": 2, "prefill_tokens_per_s": 1.0}
+    (flat,) = (goal for goal in goals([("throughput", rows)]) if goal.name == name)
+    assert flat.value == pytest.approx(100 * (90 / 85 - 1))
+    apart = [row | {"run": row["length"]} if row["repetition"] is not None else row for row in rows]
+    (flat,) = (goal for goal in goals([("throughput", apart)]) if goal.name == name)
+    assert (flat.value, flat.detail) == (None, "not measured at both ends with one batch in one run")
+
+
 def test_goals_about_retrieval() -> None:
     kinds = {
         # Of three sequences there is no step without a retrieval.
@@ -311,6 +338,10 @@ def test_goals_about_retrieval() -> None:
     assert "the whole step +4.00 %" in share.detail
     whole = found[WHOLE_STEP]
     assert (whole.value, whole.is_met) == (pytest.approx(4.0), False)
+    # Beside a slower repetition's plain steps they would be compared with other ones.
+    slower = {"plain": kinds["plain"] | {"whole_ms": [200.0, 4.0]}, "retrieving": kinds["retrieving"]}
+    (cost,) = retrieval_costs([*rows[:1], rows[0] | {"repetition": 1, "by_kind": slower}])
+    assert cost["whole_percent"] == pytest.approx((4.0 - 48.0) / 2)
     ledger = found["ledger and plan of a step, 64 sequences"]
     assert (ledger.value, ledger.is_met) == (pytest.approx(0.3), False)  # Of its two kinds of steps the worse.
 
@@ -320,6 +351,14 @@ def test_a_report_says_where_memlong_loses_and_what_is_missing(throughput_result
     text = written[0].read_text()
     assert "**loses to full**" in text
     assert "[1] fp8: CPU has none" in text
+    assert "not compared" not in text
     assert "0.9 (0.9-0.9)" in text
     assert written[1].name == "throughput.png"
     assert written[1].stat().st_size > 10_000
+    content = json.loads(throughput_results.read_text())
+    for row in content["rows"]:
+        row["run"] = 1 + (row["engine"] == "full")
+    throughput_results.write_text(json.dumps(content))
+    text = write_report([throughput_results], throughput_results.with_name("report.md"))[0].read_text()
+    assert "memlong and full were not measured in one run, so they are not compared" in text
+    assert "**loses to full**" not in text

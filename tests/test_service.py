@@ -83,14 +83,15 @@ def test_urgent_texts_do_not_starve_the_others(make_client: MakeClient) -> None:
     assert 0 < overtaking <= service._MAX_OVERTAKEN
 
 
-def test_pending_counts_what_is_queued(make_client: MakeClient) -> None:
+def test_what_is_queued_and_what_is_at_work_are_counted(make_client: MakeClient) -> None:
     client = make_client()
     client.hold()
     client.submit("a", (1,), (2,), (3,))
-    assert client.service.num_pending() == 3
+    # What holds the embedder is at work.
+    assert (client.service.num_pending(), client.service.num_at_work()) == (3, 1)
     client.release()
     client.collect(a=3)
-    assert client.service.num_pending() == 0
+    assert (client.service.num_pending(), client.service.num_at_work()) == (0, 0)
 
 
 def test_equal_texts_are_embedded_once_and_are_bitwise_equal(make_client: MakeClient) -> None:

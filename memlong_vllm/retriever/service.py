@@ -85,6 +85,7 @@ class RetrieverService:
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
         self._num_jobs = 0
+        self._num_at_work = 0
         self._results: dict[str, dict[Span, np.ndarray]] = {}
         self._failures: dict[str, str] = {}
         self._stopping = False
@@ -158,6 +159,11 @@ class RetrieverService:
         with self._changed:
             return len(self._jobs)
 
+    def num_at_work(self) -> int:
+        """Spans that are being embedded now."""
+        with self._changed:
+            return self._num_at_work
+
     def counters_as_dict(self) -> dict[str, float]:
         """:class:`RetrieverCounters` by names that say what they count."""
         c = self.counters
@@ -186,6 +192,7 @@ class RetrieverService:
                 self._broken = f"the retriever's thread ended ({type(error).__name__}: {error})"
                 self._failures.update(dict.fromkeys(self._results, self._broken))
                 self._jobs.clear()
+                self._num_at_work = 0
                 self._changed.notify_all()
 
     def _serve(self) -> None:
@@ -226,10 +233,12 @@ class RetrieverService:
         """Jobs to embed together; none at the end of the queue or of the service."""
         with self._changed:
             size = 0 if self._stopping else min(self._batch_size, len(self._jobs))
+            self._num_at_work = size
             return [heapq.heappop(self._jobs) for _ in range(size)]
 
     def _finish(self, vectors: list[tuple[_Job, np.ndarray]], failures: dict[str, str]) -> None:
         with self._changed:
+            self._num_at_work = 0
             for owner, why in failures.items():
                 if self._drop(owner):
                     self._failures[owner] = why
