@@ -84,6 +84,31 @@ def test_trainings_go_on_from_alike_ones(start: Any, differences: tuple[str, ...
     assert training_differences(trained(False, start=start), main) == differences
 
 
+def test_a_control_never_had_memory() -> None:
+    """Nor had what it went on from, or what was merged before."""
+    main = spec("memlong", "memlong", config(True))
+    for with_memory in (False, True):
+        start = {"digest": "a", "training": record(with_memory)}
+        merged = trained(False)
+        merged["memlong_adapter"]["merged_before"] = start
+        deeper = {"digest": "b", "training": record(False) | {"start": start}}
+        for control in (trained(False, start=start), trained(False, start=deeper), merged):
+            control |= {"memlong": {"local_window": 64}}
+            if not with_memory:
+                check_control(Path("control"), control, main)
+                continue
+            with pytest.raises(EvaluationError, match="was trained with memory"):
+                check_control(Path("control"), control, main)
+
+
+def test_what_was_merged_before_is_part_of_the_training() -> None:
+    main, control = trained(True), trained(False)
+    main["memlong_adapter"]["merged_before"] = {"digest": "a", "training": record(True)}
+    assert training_differences(control, main) == ("what was merged before",)
+    control["memlong_adapter"]["merged_before"] = main["memlong_adapter"]["merged_before"]
+    assert training_differences(control, main) == ()
+
+
 @pytest.mark.parametrize(
     ("block", "differences"),
     [

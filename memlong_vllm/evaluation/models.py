@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,9 +131,9 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
 
 def check_control(path: Path, config: Mapping[str, Any], main: ModelSpec) -> None:
     """Raises:
-    EvaluationError: if the model was trained with memory, or has another window.
+    EvaluationError: if the model, or what it went on from, was trained with memory, or has another window.
     """
-    if training_settings(config).get("with_memory"):
+    if any(record["settings"].get("with_memory") for record in _trainings(config.get("memlong_adapter"))):
         raise EvaluationError(f"--control {path} was trained with memory: train it with finetune --no-memory")
     window = config.get("memlong", {}).get("local_window", main.window)
     if window != main.window:
@@ -151,6 +151,18 @@ def training_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def _trainings(adapter: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Records of all trainings, by ``finetune``, of what is merged in a checkpoint."""
+    while adapter:
+        training = adapter.get("training") or {}
+        if isinstance(training.get("settings"), dict):
+            yield training
+        # Adapters of the first versions say only which one they went on from.
+        start = training.get("start")
+        yield from _trainings(start if isinstance(start, dict) else None)
+        adapter = adapter.get("merged_before")
+
+
 # Settings of a training that are not its own, or do not change what is learned.
 NOT_DECISIVE = {"with_memory", "keep_features", "checkpointing", "save_every"}
 
@@ -158,7 +170,9 @@ NOT_DECISIVE = {"with_memory", "keep_features", "checkpointing", "save_every"}
 def training_differences(other: Mapping[str, Any], main: Mapping[str, Any]) -> tuple[str, ...]:
     """In what the training of a control or variant was not the main model's, beside memory: settings,
     texts, what it went on from; "not known" if one has no record."""
-    return _differences(training_of(other), training_of(main))
+    before = [(config.get("memlong_adapter") or {}).get("merged_before") or {} for config in (other, main)]
+    found = _differences(training_of(other), training_of(main))
+    return found if before[0].get("digest") == before[1].get("digest") else (*found, "what was merged before")
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:

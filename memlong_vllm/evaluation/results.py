@@ -77,6 +77,8 @@ class ResultsFile:
         overwrite: bool = False,
     ) -> None:
         self.path, self._key = path, key
+        # Of what this process has imported, though the files may change while it runs.
+        self._code = code_digest()
         # As it will be read again: tuples become lists.
         header = {"command": command, "command_lines": [], "code": [], "settings": settings}
         header |= {"versions": versions(), "models": models}
@@ -128,8 +130,8 @@ class ResultsFile:
     def _write(self) -> None:
         if (line := self._command_line()) not in self.content["command_lines"]:
             self.content["command_lines"].append(line)
-        if (code := code_digest()) not in self.content["code"]:
-            self.content["code"].append(code)
+        if self._code not in self.content["code"]:
+            self.content["code"].append(self._code)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         shell = json.dumps(self.content | {"rows": []}, indent=2)
         lines = ",\n    ".join(self._lines)
