@@ -122,6 +122,7 @@ def test_as_many_documents_are_taken_as_are_read() -> None:
         (["--texts", __file__, "--weave-facts", "-1"], "must be 0 or more"),
         (["--texts", __file__, "--weave-copies", "1.5"], "--weave-copies 1.5: must be from 0 to 1"),
         (["--texts", __file__, "--rows", "1", "--start", __file__], "not a safetensors file"),
+        (["--dataset", "any", "--document-tokens", "64"], "--document-tokens 64: texts must have "),
         (["--dataset", "no-such-dataset-here"], "--dataset no-such-dataset-here"),
         (["--texts", __file__, "--warmup-steps", "9"], "warmup_steps = 9: must not exceed steps (2)"),
     ],

@@ -57,7 +57,7 @@ def train(
     """Fine-tune on three documents, validate on a fourth."""
     *train, valid = documents(tokens, (400, 330, 270, 300))
     job = FinetuneJob(model, output, cache, start=start, cpu=True, restart=restart)
-    return finetune(job, FinetuneSettings(**(SETTINGS | settings)), lambda tokenizer: (train, [valid]), say)
+    return finetune(job, FinetuneSettings(**(SETTINGS | settings)), lambda *_: (train, [valid]), say)
 
 
 def frozen_half(folder: Path, model: MemLongForCausalLM, cache: Path) -> FrozenHalf:

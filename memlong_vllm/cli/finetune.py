@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from itertools import islice
@@ -66,7 +65,10 @@ def _add_data(group: Any) -> None:
     group.add_argument("--dataset", help="dataset with a text column: hub name or folder (needs the datasets package)")
     group.add_argument("--dataset-split", default="train")
     group.add_argument(
-        "--max-documents", type=int, metavar="N", help="of --dataset (default: as many as the steps read once)"
+        "--max-documents",
+        type=int,
+        metavar="N",
+        help="of --dataset (default: as many as the steps read once, so that no steps can be added later)",
     )
     group.add_argument("--valid", nargs="+", default=[], metavar="GLOB", help="validation texts")
     group.add_argument("--document-tokens", type=int, help="tokens of each text that are used, from its beginning")
@@ -181,25 +183,27 @@ class _Texts:
         if both:
             raise TextsError(f"--valid {min(both)} is a training text too: what knows it by heart would be chosen")
 
-    def __call__(self, tokenizer: Any) -> tuple[list[Document], list[Document]]:
+    def __call__(self, tokenizer: Any, num_processes: int) -> tuple[list[Document], list[Document]]:
         arguments, least = self.arguments, self.settings.segment_tokens
         train = read_documents(self.texts, tokenizer, arguments.document_tokens, least)
         if arguments.dataset:
-            train += self._of_dataset(tokenizer)
+            train += self._of_dataset(tokenizer, num_processes)
         if arguments.weave_facts:
             train = self._woven(tokenizer, train)
         return train, read_documents(self.valid, tokenizer, arguments.valid_tokens, least)
 
-    def _of_dataset(self, tokenizer: Any) -> list[Document]:
+    def _of_dataset(self, tokenizer: Any, num_processes: int) -> list[Document]:
         """Texts that are long enough to retrieve; as many as are asked for, or as all steps read once."""
         arguments, settings = self.arguments, self.settings
         least = max(settings.segment_tokens, least_tokens(self._memory()))
+        if arguments.document_tokens is not None and arguments.document_tokens < least:
+            raise SettingsError(f"--document-tokens {arguments.document_tokens}: texts must have {least} to retrieve")
         found = dataset_documents(
             arguments.dataset, arguments.dataset_split, tokenizer, arguments.document_tokens, least
         )
         if arguments.max_documents is not None:
             return list(islice(found, arguments.max_documents))
-        rows = settings.rows * int(os.environ.get("WORLD_SIZE", "1"))
+        rows = settings.rows * num_processes
         # Of a text, what is no whole segment is not read.
         return take(found, rows, int(1.25 * settings.steps * settings.accumulation * rows * settings.segment_tokens))
 

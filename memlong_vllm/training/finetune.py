@@ -27,18 +27,21 @@ from memlong_vllm.training.trainable import half_precision, select_trained, star
 from memlong_vllm.training.trainer import Trainer, make_accelerator
 from memlong_vllm.training.validation import Validation
 
+MakeDocuments = Callable[[Any, int], tuple[list[Document], list[Document]]]
+"""(tokenizer, number of processes) -> training and validation documents."""
+
 
 def finetune(
     job: FinetuneJob,
     settings: FinetuneSettings,
-    make_documents: Callable[[Any], tuple[list[Document], list[Document]]],
+    make_documents: MakeDocuments,
     say: Callable[[str], None] = print,
 ) -> Adapter:
     """Train, and write the adapter with the lowest validation loss (without validation texts,
     the last one).
 
     Args:
-        make_documents: tokenizer -> training and validation documents.
+        make_documents: called once there is a tokenizer.
 
     Raises:
         SettingsError, TextsError, ResumeError, RetrieverLoadError, AdapterError: before training begins, and
@@ -61,7 +64,7 @@ def finetune(
 def _prepare(
     job: FinetuneJob,
     settings: FinetuneSettings,
-    make_documents: Callable[[Any], tuple[list[Document], list[Document]]],
+    make_documents: MakeDocuments,
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> tuple[Trainer, BestAdapter]:
@@ -69,7 +72,7 @@ def _prepare(
     model = MemLongForCausalLM.from_pretrained(job.model, dtype=torch.float32).to(accelerator.device)
     settings.check_model(model.config.memory)
     tokenizer = AutoTokenizer.from_pretrained(job.model, config=model.config)
-    documents, valid_documents = make_documents(tokenizer)
+    documents, valid_documents = make_documents(tokenizer, accelerator.num_processes)
     check_reading(documents, valid_documents, settings, model.config.memory, accelerator.num_processes)
     base = backbone_identity(model.state_dict(), model.config)
     identity = run_identity(job, settings, base, model, documents, valid_documents, accelerator)
@@ -78,10 +81,7 @@ def _prepare(
     if start is not None:
         start_from(start, base, settings.parts, trained)
         identity["start"] = start.digest()
-    folder = RunFolder(job.folder)
-    if accelerator.is_main_process:
-        folder.open(identity, job.restart)
-    accelerator.wait_for_everyone()
+    folder = _open_folder(job, identity, accelerator)
 
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     # LoRA begins alike everywhere; what dropout draws from now on does not.
@@ -101,6 +101,14 @@ def _prepare(
         say(f"going on from step {trainer.step} of {settings.steps}")
         best.lowest = folder.lowest_validation() if folder.best.exists() else best.lowest
     return trainer, best
+
+
+def _open_folder(job: FinetuneJob, identity: dict[str, Any], accelerator: Accelerator) -> RunFolder:
+    folder = RunFolder(job.folder)
+    if accelerator.is_main_process:
+        folder.open(identity, job.restart)
+    accelerator.wait_for_everyone()
+    return folder
 
 
 def check_reading(
