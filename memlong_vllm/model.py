@@ -91,24 +91,11 @@ class MemLongAttention(nn.Module):
         super().__init__()
         vllm_config = get_current_vllm_config()
         memory, _ = resolve(config, vllm_config.additional_config)
-        head_dim, tp_size = config.head_dim, get_tensor_model_parallel_world_size()
-        backend, padded = choose_backend(head_dim, torch.get_default_dtype(), cache_config.cache_dtype)
+        head_dim, dtype = config.head_dim, torch.get_default_dtype()
+        backend, padded = choose_backend(head_dim, dtype, cache_config.cache_dtype)
         if padded != head_dim and quant_config is not None:
             raise ValueError(f"head_dim {head_dim} must be padded to {padded}, which quantized weights do not allow")
-        self.num_heads, self.num_kv_heads = num_heads // tp_size, max(1, num_kv_heads // tp_size)
-        self.q_size, self.kv_size = self.num_heads * padded, self.num_kv_heads * padded
-        self.qkv_proj = QKVParallelLinear(
-            hidden_size,
-            padded,
-            num_heads,
-            num_kv_heads,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.qkv_proj",
-        )
-        self.o_proj = RowParallelLinear(
-            num_heads * padded, hidden_size, bias=bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
-        )
+        self._add_projections(hidden_size, padded, (num_heads, num_kv_heads), (bias, bias_o_proj), quant_config, prefix)
         max_position = max(max_position_embeddings, vllm_config.model_config.max_model_len)
         self.rotary_emb = rotary_embedding(config, padded, max_position)
         layer_idx = extract_layer_index(prefix)
@@ -124,9 +111,40 @@ class MemLongAttention(nn.Module):
             quant_config=quant_config,
             per_layer_sliding_window=memory.local_window,
             prefix=f"{prefix}.attn",
-            attn_backend=window_backend(backend, torch.get_default_dtype(), keeps_lse),
+            attn_backend=window_backend(backend, dtype, keeps_lse),
         )
         self._add_memory_parts(memory, layer_idx, num_kv_heads, head_dim, prefix)
+
+    def _add_projections(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        nums_heads: tuple[int, int],
+        biases: tuple[bool, bool],
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        """Projections of all ranks' ``nums_heads`` (of queries, of keys and values), and this rank's part of them.
+
+        Args:
+            head_dim: with padding.
+            biases: of q, k and v; of o.
+        """
+        (num_heads, num_kv_heads), tp_size = nums_heads, get_tensor_model_parallel_world_size()
+        self.num_heads, self.num_kv_heads = num_heads // tp_size, max(1, num_kv_heads // tp_size)
+        self.q_size, self.kv_size = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size,
+            head_dim,
+            num_heads,
+            num_kv_heads,
+            bias=biases[0],
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * head_dim, hidden_size, bias=biases[1], quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
 
     def _add_memory_parts(
         self, memory: MemoryConfig, layer_idx: int, total_num_kv_heads: int, head_dim: int, prefix: str

@@ -65,7 +65,7 @@ def record(
     block = {"memory_layer": 0, "retrieval_layers": [0], "chunk_size": CHUNK, "top_k": TOP_K}
     memory = MemoryConfig.from_dict(block | {"fusion": fusion, "memory_softmax": softmax}, 1)
     kernel = RetrievalKernel(heads, memory, TOP_K, dtype, CPU)
-    kernel._float32_dot = False
+    kernel.constants["FLOAT32_DOT"] = False
     kernel.limit_programs(528, CPU)
     launcher.retrieval_attention = recorder
     rows = torch.zeros(2, heads.num_heads * heads.padded_dim, dtype=dtype)

@@ -62,6 +62,7 @@ class RetrievalKernel:
 
     Attributes:
         decode, prefill: shapes for spans of one token and for longer ones.
+        constants: that the kernel is compiled with at every launch.
         max_programs: that a set is split for.
         is_warm: whether :meth:`RetrievalAttention.retrieve` has had it compiled.
     """
@@ -73,17 +74,28 @@ class RetrievalKernel:
         self._chunk_size = memory.chunk_size
         self._fusion = _FUSIONS.index(memory.fusion)
         self._is_per_chunk = memory.fusion == "gated" and memory.memory_softmax == "chunk"
-        self._block_group = triton.next_power_of_2(heads.group)
+        block_group = triton.next_power_of_2(heads.group)
         self._block_dim = max(16, triton.next_power_of_2(heads.head_dim))
         block_memory = max(16, _BLOCK_BYTES // (self._block_dim * dtype.itemsize))
         block_memory = min(block_memory, 128, max(16, triton.next_power_of_2(memory.chunk_size)))
         prefill_rows = 128 if dtype.itemsize == 2 else 32
-        self.decode = LaunchShape(max(1, 16 // self._block_group), block_memory, num_warps=4, num_stages=3)
+        self.decode = LaunchShape(max(1, 16 // block_group), block_memory, num_warps=4, num_stages=3)
         self.prefill = LaunchShape(
-            max(1, prefill_rows // self._block_group), block_memory, num_warps=prefill_rows // 16, num_stages=2
+            max(1, prefill_rows // block_group), block_memory, num_warps=prefill_rows // 16, num_stages=2
         )
-        # The interpreter multiplies bfloat16 as if it were integers.
-        self._float32_dot = device.type != "cuda"
+        self.constants = {
+            "FUSION": self._fusion,
+            "PER_CHUNK": self._is_per_chunk,
+            # The interpreter multiplies bfloat16 as if it were integers.
+            "FLOAT32_DOT": device.type != "cuda",
+            "GROUP": heads.group,
+            "HEAD_DIM": heads.head_dim,
+            "PADDED_DIM": heads.padded_dim,
+            "ROTARY_DIM": heads.rotary_dim,
+            "CHUNK": memory.chunk_size,
+            "BLOCK_GROUP": block_group,
+            "BLOCK_DIM": self._block_dim,
+        }
         self._top_k = top_k
         self.is_warm = False
         multiprocessors = _INTERPRETED_MULTIPROCESSORS
@@ -165,21 +177,12 @@ class RetrievalKernel:
             *lse_strides,
             row_stride,
             head_stride,
-            FUSION=self._fusion,
-            PER_CHUNK=self._is_per_chunk,
+            **self.constants,
             HAS_BIAS=self._fusion > 0 and bias is not None,
             FROM_SLOTS=stored.slots is not None,
             IS_SPLIT=splits > 1,
-            FLOAT32_DOT=self._float32_dot,
-            GROUP=heads.group,
-            HEAD_DIM=heads.head_dim,
-            PADDED_DIM=heads.padded_dim,
-            ROTARY_DIM=heads.rotary_dim,
-            CHUNK=self._chunk_size,
             BLOCK_TOKENS=shape.block_tokens,
-            BLOCK_GROUP=self._block_group,
             BLOCK_MEMORY=shape.block_memory,
-            BLOCK_DIM=self._block_dim,
             num_warps=shape.num_warps,
             # Where a chunk is has to be loaded a stage before the chunk.
             num_stages=shape.num_stages + (stored.slots is not None),
