@@ -63,6 +63,13 @@ def test_every_command_says_so(command: str, monkeypatch: pytest.MonkeyPatch, ca
     assert '"demo" stands for the demo checkpoint' in capsys.readouterr().err
 
 
+def test_where_a_model_is(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """And nothing else, for a shell to use."""
+    monkeypatch.setattr(sys, "argv", ["memlong-vllm", "demo", "--path", "--model", str(model)])
+    assert main.main() == 0
+    assert capsys.readouterr().out == f"{model}\n"
+
+
 def test_a_plan_of_the_demo(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["memlong-vllm", "plan", "--context", "8192", "--model", "demo"])
     assert main.main() == 0

@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many to ask, 1 to 4 (default: 4)",
     )
     parser.add_argument("--ask", action="append", metavar="TEXT", help="ask this instead; may be given several times")
+    parser.add_argument(
+        "--path",
+        action="store_true",
+        help="only print where the model's folder is, once it is made: vllm serve $(memlong-vllm demo --path)",
+    )
     parser.add_argument("--max-tokens", type=_positive, default=48, metavar="N", help="of an answer (default: 48)")
 
 
@@ -59,8 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        document = read_document(arguments.document)
         checkpoint = resolve_model(arguments.model)
+        if arguments.path:
+            print(checkpoint)
+            return 0
+        document = read_document(arguments.document)
         if not (checkpoint / "modeling_memlong.py").is_file():
             raise DemoError(f"--model {arguments.model} is no MemLong checkpoint: make one with memlong-vllm convert")
         demonstrate(arguments, checkpoint, document)
