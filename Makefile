@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow bench report lint format clean
+.PHONY: setup demo test test-slow bench bench-goals report lint format clean
 
 setup: ## make .venv with a CPU build of everything (does nothing if it is up to date)
 	@$(PYTHON) .ci/setup_environment.py $(VENV)
@@ -41,6 +41,18 @@ bench: setup ## every benchmark, for hours; one that was stopped goes on
 	for name in latency memory online; do \
 	  $(RUN)/python benchmarks/$$name.py --output $(RESULTS)/$$name.json || exit 1; done
 	$(RUN)/python benchmarks/paper_scale.py --run --output $(RESULTS)/paper_scale.json
+	$(MAKE) report
+
+bench-goals: setup ## those with a goal only, for two hours; bench goes on from there
+	$(THROUGHPUT) prefill --engines memlong window full --fewer full=1 --output $(RESULTS)/prefill.json
+	$(THROUGHPUT) decode --engines memlong window --output $(RESULTS)/decode.json
+	$(RUN)/python benchmarks/retrieval.py --engines memlong --cells 1536x16 8192x4 --output $(RESULTS)/retrieval.json
+	$(THROUGHPUT) prefill --without-known --cells 8192x1 16384x1 32768x1 65536x1 --repetitions 2 --engines memlong \
+	  --output $(RESULTS)/prefill_long.json
+	$(THROUGHPUT) decode --cells 8192x1 65536x1 --engines memlong --repetitions 2 --kv-gib 4 \
+	  --output $(RESULTS)/decode_long.json
+	$(THROUGHPUT) prefill --without-known --cells 32768x4 --repetitions 2 --limit-s 14400 \
+	  --kv-gib 7 --engines memlong window off full --fewer full=1 --output $(RESULTS)/end_to_end.json
 	$(MAKE) report
 
 report: ## goals, tables and plots, of the results there are
