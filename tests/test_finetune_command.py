@@ -15,7 +15,15 @@ import torch
 
 from memlong_vllm.adapters.adapter_file import load_adapter
 from memlong_vllm.cli import main as console
-from memlong_vllm.training.documents import Document, TextsError, dataset_loader, find_texts, take
+from memlong_vllm.training.documents import (
+    Document,
+    Excerpt,
+    TextsError,
+    dataset_loader,
+    find_texts,
+    read_documents,
+    take,
+)
 from tests.checkpoints import Checkpoints, novel
 
 OPTIONS = (
@@ -100,6 +108,21 @@ def test_a_dataset_in_a_folder(
     assert len(load_adapter(output).training["train"]) == 3
 
 
+def test_a_part_of_a_text_is_used(checkpoints: Checkpoints, texts: Path) -> None:
+    path = texts / "train0.txt"
+    whole = checkpoints.tokenizer(path.read_text())["input_ids"]
+    for excerpt, expected in (
+        (Excerpt(), whole),
+        (Excerpt(max_tokens=70), whole[:70]),
+        (Excerpt(5, 70), whole[5:75]),
+        (Excerpt(len(whole) - 3), whole[-3:]),
+    ):
+        (document,) = read_documents([path], checkpoints.tokenizer, excerpt, 3)
+        assert list(document.token_ids) == expected
+    with pytest.raises(TextsError, match=r"train0.txt has 0 tokens"):
+        read_documents([path], checkpoints.tokenizer, Excerpt(len(whole)), 1)
+
+
 def test_as_many_documents_are_taken_as_are_read() -> None:
     documents = [Document(str(idx), [0] * length) for idx, length in enumerate((100, 400, 50, 500))]
     for least, tokens, number in ((1, 100, 1), (2, 100, 2), (1, 101, 2), (1, 10_000, 4)):
@@ -120,6 +143,7 @@ def test_as_many_documents_are_taken_as_are_read() -> None:
         (["--texts", __file__, "--cache-dir", __file__], "a file is where a folder is needed"),
         (["--texts", __file__, "--lora-targets", ""], "LoRA targets are none"),
         (["--texts", __file__, "--weave-facts", "-1"], "must be 0 or more"),
+        (["--texts", __file__, "--document-offset", "-1"], "--document-offset -1: must be 0 or more"),
         (["--texts", __file__, "--weave-copies", "1.5"], "--weave-copies 1.5: must be from 0 to 1"),
         (["--texts", __file__, "--rows", "1", "--start", __file__], "not a safetensors file"),
         (["--dataset", "any", "--document-tokens", "64"], "--document-tokens 64: texts must have "),

@@ -19,6 +19,7 @@ from memlong_vllm.ridge import RidgeError
 from memlong_vllm.training.allocator import keep_freed_memory
 from memlong_vllm.training.documents import (
     Document,
+    Excerpt,
     TextsError,
     dataset_documents,
     dataset_loader,
@@ -71,7 +72,10 @@ def _add_data(group: Any) -> None:
         help="of --dataset (default: as many as the steps read once, so that no steps can be added later)",
     )
     group.add_argument("--valid", nargs="+", default=[], metavar="GLOB", help="validation texts")
-    group.add_argument("--document-tokens", type=int, help="tokens of each text that are used, from its beginning")
+    group.add_argument("--document-tokens", type=int, help="tokens of each text that are used")
+    group.add_argument(
+        "--document-offset", type=int, default=0, metavar="N", help="tokens left out at a text's beginning (default: 0)"
+    )
     group.add_argument("--valid-tokens", type=int, default=16384, help="of each validation text")
     group.add_argument(
         "--weave-facts", type=int, default=0, metavar="GAP",
@@ -150,8 +154,9 @@ def _check(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if output.is_dir() or output.suffix != ".safetensors":
         raise SettingsError(f"--output {output}: name a .safetensors file")
-    if arguments.weave_facts < 0:
-        raise SettingsError(f"--weave-facts {arguments.weave_facts}: must be 0 or more")
+    for name in ("weave_facts", "document_offset"):
+        if getattr(arguments, name) < 0:
+            raise SettingsError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 0 or more")
     if not 0 <= arguments.weave_copies <= 1:
         raise SettingsError(f"--weave-copies {arguments.weave_copies}: must be from 0 to 1")
     for name in ("document_tokens", "valid_tokens", "max_documents"):
@@ -185,12 +190,15 @@ class _Texts:
 
     def __call__(self, tokenizer: Any, num_processes: int) -> tuple[list[Document], list[Document]]:
         arguments, least = self.arguments, self.settings.segment_tokens
-        train = read_documents(self.texts, tokenizer, arguments.document_tokens, least)
+        train = read_documents(self.texts, tokenizer, self._excerpt(), least)
         if arguments.dataset:
             train += self._of_dataset(tokenizer, num_processes)
         if arguments.weave_facts:
             train = self._woven(tokenizer, train)
-        return train, read_documents(self.valid, tokenizer, arguments.valid_tokens, least)
+        return train, read_documents(self.valid, tokenizer, Excerpt(max_tokens=arguments.valid_tokens), least)
+
+    def _excerpt(self) -> Excerpt:
+        return Excerpt(self.arguments.document_offset, self.arguments.document_tokens)
 
     def _of_dataset(self, tokenizer: Any, num_processes: int) -> list[Document]:
         """Texts that are long enough to retrieve; as many as are asked for, or as all steps read once."""
@@ -198,9 +206,7 @@ class _Texts:
         least = max(settings.segment_tokens, least_tokens(self._memory()))
         if arguments.document_tokens is not None and arguments.document_tokens < least:
             raise SettingsError(f"--document-tokens {arguments.document_tokens}: texts must have {least} to retrieve")
-        found = dataset_documents(
-            arguments.dataset, arguments.dataset_split, tokenizer, arguments.document_tokens, least
-        )
+        found = dataset_documents(arguments.dataset, arguments.dataset_split, tokenizer, self._excerpt(), least)
         if arguments.max_documents is not None:
             return list(islice(found, arguments.max_documents))
         rows = settings.rows * num_processes

@@ -49,11 +49,25 @@ def find_texts(patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_documents(paths: Sequence[Path], tokenizer: Any, max_tokens: int | None, min_tokens: int) -> list[Document]:
-    """Each file as a document, from its beginning.
+@dataclass(frozen=True)
+class Excerpt:
+    """Which tokens of a text are used: from ``offset`` on, ``max_tokens`` at most."""
+
+    offset: int = 0
+    max_tokens: int | None = None
+
+    def of(self, text: str, tokenizer: Any) -> list[int]:
+        if self.max_tokens is not None:
+            # Far more characters than the tokens wanted, so that a long book is not tokenized in vain.
+            text = text[: (self.offset + self.max_tokens) * 12]
+        token_ids: list[int] = tokenizer(text)["input_ids"][self.offset :]
+        return token_ids[: self.max_tokens]
+
+
+def read_documents(paths: Sequence[Path], tokenizer: Any, excerpt: Excerpt, min_tokens: int) -> list[Document]:
+    """Each file as a document.
 
     Args:
-        max_tokens: of a document; the rest is left out.
         min_tokens: a shorter one is refused: nothing of it would be trained on.
 
     Raises:
@@ -65,13 +79,11 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, max_tokens: int | None
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TextsError(f"{path} cannot be read as UTF-8 text: {error}") from error
-        documents.append(make_document(path.name, text, tokenizer, max_tokens, min_tokens))
+        documents.append(make_document(path.name, text, tokenizer, excerpt, min_tokens))
     return documents
 
 
-def dataset_documents(
-    name: str, split: str, tokenizer: Any, max_tokens: int | None, min_tokens: int
-) -> Iterator[Document]:
+def dataset_documents(name: str, split: str, tokenizer: Any, excerpt: Excerpt, min_tokens: int) -> Iterator[Document]:
     """The ``text`` column of a dataset of the ``datasets`` library: a hub name or a local folder.
 
     Too short texts are passed over.
@@ -83,7 +95,7 @@ def dataset_documents(
     try:
         for idx, row in enumerate(load_dataset(name, split=split, streaming=True)):
             try:
-                document = make_document(f"{name}/{split}/{idx}", row["text"], tokenizer, max_tokens, min_tokens)
+                document = make_document(f"{name}/{split}/{idx}", row["text"], tokenizer, excerpt, min_tokens)
             except TextsError:
                 continue
             num_documents += 1
@@ -118,10 +130,9 @@ def dataset_loader() -> Any:
     return load_dataset
 
 
-def make_document(name: str, text: str, tokenizer: Any, max_tokens: int | None, min_tokens: int) -> Document:
-    """Raises TextsError if the text is shorter than ``min_tokens``."""
-    # Far more characters than the tokens wanted, so that a long book is not tokenized in vain.
-    token_ids = tokenizer(text if max_tokens is None else text[: max_tokens * 12])["input_ids"][:max_tokens]
+def make_document(name: str, text: str, tokenizer: Any, excerpt: Excerpt, min_tokens: int) -> Document:
+    """Raises TextsError if what is used of the text is shorter than ``min_tokens``."""
+    token_ids = excerpt.of(text, tokenizer)
     if len(token_ids) < min_tokens:
         raise TextsError(f"{name} has {len(token_ids)} tokens; at least one segment ({min_tokens}) is needed")
     return Document(name, array("i", token_ids))
