@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -23,8 +24,23 @@ from memlong_vllm.cli.main import main
 from tests.checkpoints import Checkpoints, novel
 from tests.engines import Engine, Reference
 
+_unfreeze = gc.unfreeze
 # Few tests, minutes each: begun first, so that no worker is left alone with them.
 LONGEST = ("test_engine_processes", "test_demo_model", "test_memory_http", "test_server", "test_benchmark_scripts")
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules out of garbage collections: an engine's end takes several, of half a second each with them.
+
+    vLLM would thaw them, and freeze what an engine consists of.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+def pytest_unconfigure() -> None:
+    _unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
