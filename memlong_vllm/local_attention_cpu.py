@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,15 +38,25 @@ class QueryBlock(NamedTuple):
 
     Attributes:
         rows: their places in the batch.
-        blocks: of the cache, which hold the keys they see.
-        keys: which of these blocks' tokens.
+        keys: which of the sequence's gathered keys they see.
         mask: [n, M] in the query's dtype, added to the scores.
     """
 
     rows: slice
-    blocks: list[int]
     keys: slice
     mask: torch.Tensor
+
+
+class ManyTokens(NamedTuple):
+    """The tokens of one sequence with many of them in a step.
+
+    Attributes:
+        blocks: of the cache, which hold the keys that any of them sees: gathered once.
+        queries: the tokens, in parts.
+    """
+
+    blocks: list[int]
+    queries: list[QueryBlock]
 
 
 class WindowStep:
@@ -62,7 +71,7 @@ class WindowStep:
 
     Attributes:
         few: the tokens of sequences with few of them, if there are any.
-        blocks: all others.
+        many: all others, by sequence.
         window, block_table: as given.
     """
 
@@ -81,11 +90,8 @@ class WindowStep:
         counts = np.diff(starts)
         is_few = [few_tokens_cpu.suits(int(count), dtype) for count in counts]
         self.few = self._few([i for i, few in enumerate(is_few) if few], counts, starts, seq_lens)
-        self.blocks = [
-            block
-            for i, few in enumerate(is_few)
-            if not few
-            for block in self._query_blocks(starts[i], starts[i + 1], seq_lens[i], block_table[i])
+        self.many = [
+            self._many(starts[i], starts[i + 1], seq_lens[i], block_table[i]) for i, few in enumerate(is_few) if not few
         ]
 
     @staticmethod
@@ -96,15 +102,21 @@ class WindowStep:
         positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in sequences])
         return FewTokens(rows, np.repeat(sequences, counts[sequences]), positions)
 
-    def _query_blocks(self, start: int, end: int, seq_len: int, blocks: torch.Tensor) -> Iterator[QueryBlock]:
+    def _many(self, start: int, end: int, seq_len: int, blocks: torch.Tensor) -> ManyTokens:
+        position = seq_len - (end - start)  # Of the token in row ``start``.
+        first_block = self._first_seen(position) // self._block_size
+        gathered = first_block * self._block_size  # Position of the first gathered key.
+        queries = []
         for row in range(start, end, _QUERY_BLOCK):
             rows = slice(row, min(row + _QUERY_BLOCK, end))
-            position, last = seq_len - (end - row), seq_len - (end - rows.stop)
-            first = max(0, position - self.window + 1) if self.window > 0 else 0
-            first_block = first // self._block_size
-            seen = blocks[first_block : -(-last // self._block_size)].tolist()
-            keys = slice(first - first_block * self._block_size, last - first_block * self._block_size)
-            yield QueryBlock(rows, seen, keys, self._mask(last - position, position - first))
+            first, last = position + row - start, position + rows.stop - start
+            seen = self._first_seen(first)
+            mask = self._mask(last - first, first - seen)
+            queries.append(QueryBlock(rows, slice(seen - gathered, last - gathered), mask))
+        return ManyTokens(blocks[first_block : -(-seq_len // self._block_size)].tolist(), queries)
+
+    def _first_seen(self, position: int) -> int:
+        return max(0, position - self.window + 1) if self.window > 0 else 0
 
     def _mask(self, num_tokens: int, num_before: int) -> torch.Tensor:
         """Of tokens that together see ``num_before`` tokens before the first of them."""
@@ -179,11 +191,12 @@ class CPUWindowImpl(CPUAttentionBackendImpl):
             token_idx, sequence_of, positions = step.few
             places = step.block_table, token_idx, sequence_of, positions, step.window
             few_tokens_cpu.attend_windows(query, kv_cache, *places, self.scale, output, self.lse)
-        for block in step.blocks:
-            cached = torch.cat([kv_cache[idx] for idx in block.blocks], dim=1)[None, :, block.keys]
-            keys, values = cached.split(self.head_size, dim=-1)
-            attended, lse = flash_cpu.attend(query[block.rows][None], keys, values, self.scale, block.mask)
-            output[block.rows], self.lse[block.rows] = attended[0], lse[0]
+        for many in step.many:
+            cached = torch.cat([kv_cache[idx] for idx in many.blocks], dim=1)[None]
+            for rows, seen, mask in many.queries:
+                keys, values = cached[:, :, seen].split(self.head_size, dim=-1)
+                attended, lse = flash_cpu.attend(query[rows][None], keys, values, self.scale, mask)
+                output[rows], self.lse[rows] = attended[0], lse[0]
         return output
 
 
