@@ -2,8 +2,9 @@
 
 The fusions ``joint`` and ``scaled_logits`` need the log-sum-exp of local attention. vLLM's backends
 compute it but do not hand it out, so retrieval layers of these fusions use subclasses that do. So
-do all layers on CPUs in float32, where our attention is the faster one. Everything else uses vLLM's
-backends as they are.
+do all layers on CPUs without AVX-512 in float32, where our attention is the faster one: 213 to 254 ms
+for 6,144 tokens of prefill where vLLM's takes 284 to 291. With AVX-512 vLLM's takes 0.6 times what
+ours does. Everything else uses vLLM's backends as they are.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def window_backend(base: type[AttentionBackend], dtype: torch.dtype, keeps_lse: 
     Raises:
         ValueError: if the layer must keep its log-sum-exp and there is no such variant of ``base``.
     """
-    is_ours_faster = base.get_name() == "CPU_ATTN" and dtype == torch.float32
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    is_ours_faster = base.get_name() == "CPU_ATTN" and dtype == torch.float32 and not has_avx512
     return lse_backend(base) if keeps_lse or is_ours_faster else base
 
 
