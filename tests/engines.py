@@ -63,6 +63,12 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         return self.llm.llm_engine.step()
 
+    def wait_for_embeddings(self) -> None:
+        """Return when no sequence waits for its texts: who runs in a step then depends on no clock."""
+        service = self.scheduler._service
+        while service.num_pending() + service.num_at_work():
+            service.wait(0.1)
+
     def run(self, before_step: Callable[[int], None] = lambda step: None) -> dict[str, RequestOutput]:
         """Step until every request has finished; ``before_step`` gets the number of the step."""
         finished, step = {}, 0

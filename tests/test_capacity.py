@@ -193,6 +193,7 @@ def test_as_many_sequences_run_at_once_as_planned(
         engine.add(prompt(seed, 300), max_tokens=200, prompt_logprobs=None, logprobs=None)
     running, preempted = 0, 0
     while engine.llm.llm_engine.has_unfinished_requests():
+        engine.wait_for_embeddings()
         engine.step()
         running = max(running, len(engine.scheduler.running))
         preempted += sum(request.num_preemptions for request in engine.scheduler.requests.values())

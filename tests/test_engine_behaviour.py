@@ -120,6 +120,7 @@ def test_answers_that_outgrow_the_bank(start_engine: Any, model: Path, tokens: l
     running, preempted = [], set()
 
     def observe(_: int) -> None:
+        engine.wait_for_embeddings()
         running.append(len(engine.scheduler.running))
         preempted.update(r.arrival_time for r in engine.scheduler.requests.values() if r.num_preemptions)
 
