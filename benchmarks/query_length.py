@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from memlong_vllm.config import MemLongConfig
 from memlong_vllm.demo_model import demo_checkpoint
-from memlong_vllm.recall_material import KINDS, Prose, recall_prompt, sentence_breaks
+from memlong_vllm.recall_material import MULTIKEY, PASSKEY, Prose, recall_prompt, sentence_breaks
 from memlong_vllm.retriever.embedder import load_embedder
 from memlong_vllm.training.documents import find_texts
 
@@ -100,7 +100,7 @@ def main() -> None:
     vectors, rows = Vectors(demo_checkpoint()), []
     for path in find_texts(arguments.texts):
         text = vectors.encode(path.read_text(encoding="utf-8"))[: max(arguments.lengths) + PAGES]
-        for kind in KINDS:
+        for kind in (PASSKEY, MULTIKEY):
             found = measure(vectors, text, kind, arguments.trials, arguments.lengths, arguments.queries)
             rows += [{"text": path.name} | row for row in found]
     settings = {name: getattr(arguments, name) for name in ("lengths", "queries", "trials", "top_k")}

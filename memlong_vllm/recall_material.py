@@ -1,7 +1,8 @@
 """Prompts that ask for something hidden far back in real prose. Standard library only.
 
-Measured with ``memlong-vllm evaluate recall``. Needles are put between tokens, not into a string, so
-that a prompt has exactly the length that is asked for and its needle's place is known.
+Measured with ``memlong-vllm evaluate recall``; the notes and questions of keys are also among what
+:mod:`memlong_vllm.training.woven_facts` trains on, with other keys. Needles are put between tokens, not
+into a string, so that a prompt has exactly the length that is asked for and its needle's place is known.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
 
-PASSKEY, MULTIKEY = "passkey", "multikey"
-KINDS = (PASSKEY, MULTIKEY)
+PASSKEY, MULTIKEY, REWORDED = "passkey", "multikey", "reworded"
+KINDS = (PASSKEY, MULTIKEY, REWORDED)
 NUM_KEYS = 4
 # How far before the place that is asked for a sentence's end is looked for, in tokens.
 BREAK_SEARCH = 64
@@ -89,7 +90,8 @@ def recall_prompt(
 
     Args:
         kind: ``"passkey"``: one five-digit key; ``"multikey"``: the numbers of several houses, one
-            of which is asked for.
+            of which is asked for; ``"reworded"``: one number that is not called a key, in words that
+            ``finetune`` trains nobody on.
         depth: where the needle that is asked for stands in the prose: 0 at its beginning, 1 at its end.
         draw: the stretch of prose, the keys, the names and the other needles' places come from it.
         min_distance: tokens between the needle's end and the prompt's at least; it moves the needle
@@ -123,6 +125,8 @@ def _wording(kind: str, draw: random.Random, num_keys: int) -> tuple[list[str], 
         return _passkey(draw)
     if kind == MULTIKEY:
         return _multikey(draw, num_keys)
+    if kind == REWORDED:
+        return _reworded(draw)
     raise MaterialError(f"kind {kind!r}: must be one of {KINDS}")
 
 
@@ -151,6 +155,12 @@ def _multikey(draw: random.Random, num_keys: int) -> tuple[list[str], str, str]:
     needles = [f"\n\nThe number of the house of {name} is {key}.\n\n" for name, key in zip(names, keys, strict=True)]
     question = f"\n\nWhat is the number of the house of {names[0]}? The number of the house of {names[0]} is"
     return needles, question, keys[0]
+
+
+def _reworded(draw: random.Random) -> tuple[list[str], str, str]:
+    number = _five_digits(draw)
+    text = "To open the iron gate of the old orchard, turn the dial to"
+    return [f"\n\n{text} {number} and push.\n\n"], f"\n\n{text}", number
 
 
 def _five_digits(draw: random.Random) -> str:

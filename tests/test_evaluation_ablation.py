@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from memlong_vllm.evaluation.ablation_report import groups_of
 from memlong_vllm.evaluation.models import model_specs
@@ -89,7 +90,7 @@ def test_fusions_with_the_gates_they_need(model: Path, checkpoints: Checkpoints)
     assert [spec.label for spec in varied(checkpoints.memlong(gates=0), "fusion=joint")] == ["fusion=joint"]
 
 
-def test_labels_and_vocabularies_are_checked(model: Path, checkpoints: Checkpoints) -> None:
+def test_labels_and_vocabularies_are_checked(model: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
     main = model_specs(model)[0]
     other = variant_specs(main, [], [("later", model)], ["memlong"])[0]
     assert (other.label, other.group, other.changes) == ("later", "checkpoint", {})
@@ -100,6 +101,16 @@ def test_labels_and_vocabularies_are_checked(model: Path, checkpoints: Checkpoin
     ):
         with pytest.raises(EvaluationError, match=message):
             variant_specs(main, [], [(label, path)], ["memlong"])
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(other)
+    for option in ({"control": other}, {"backbone": other, "baselines": ["full"]}):
+        with pytest.raises(EvaluationError, match="has another vocabulary than --model"):
+            model_specs(model, **option)
+    with pytest.raises(EvaluationError, match=r"'later' .* has another vocabulary than --model"):
+        variant_specs(main, [], [("later", other)], ["memlong"])
 
 
 def test_other_settings_link_to_the_weights(model: Path, tmp_path: Path) -> None:
@@ -190,20 +201,8 @@ def test_recall_of_variants(evaluate: Evaluate, model: Path, tmp_path: Path) -> 
     """Chunks of another size hold the needle in other places."""
     text, output = tmp_path / "text.txt", tmp_path / "results.json"
     text.write_text(novel()[20_000:24_000], encoding="utf-8")
-    words = [
-        "--model",
-        model,
-        "--texts",
-        text,
-        "--lengths",
-        400,
-        "--trials",
-        1,
-        "--depths",
-        "0.5",
-        "--kinds",
-        "passkey",
-    ]
+    words = ["--model", model, "--texts", text, "--lengths", 400]
+    words += ["--trials", 1, "--depths", "0.5", "--kinds", "passkey"]
     # All chunks are retrieved, so the needle's is, if it is looked for where it is.
     more = ["--memory-sizes", "0,512", "--engine", "reference", "--top-k", "64", "--vary", "chunk_size=32"]
     assert evaluate("recall", *words, *more, "--output", output) == 0
@@ -264,6 +263,7 @@ def test_groups_and_their_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
                 common = {"model": model, "text": text, "window": 0, "length": 128, "memory_size": size}
                 nll = level + number / 10 + (0.5 if size == 0 else 0)
                 results.append([common | {"tokens": 32, "nll": nll, "ppl": math.exp(nll)}])
+    results.flush()
     groups = groups_of(read_results(results.path))
     names = {group: [choice.title for choice in choices] for group, choices in groups.items()}
     assert names == {

@@ -12,6 +12,7 @@ import pytest
 
 from memlong_vllm.evaluation.models import model_specs
 from memlong_vllm.evaluation.results import read_results
+from memlong_vllm.recall_material import KINDS
 from tests.checkpoints import Checkpoints, novel
 
 Evaluate = Callable[..., int]
@@ -122,7 +123,7 @@ def test_recall(evaluate: Evaluate, model: Path, texts: list[Path], tmp_path: Pa
         more = ["--memory-sizes", "0,512", "--engine", engine, "--output", output, "--batch", 4]
         assert evaluate("recall", *words, *more) == 0
     rows, others = (read_results(output)["rows"] for output in outputs)
-    assert len(rows) == 2 * 2 * 2 * 2 * 2
+    assert len(rows) == len(KINDS) * 2 * 2 * 2 * 2
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in others]
     for row in rows:
         assert row["length"] - row["needle"][1] >= 64 + 16

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from memlong_vllm.evaluation.demonstrations import SentenceRetriever, draw_demonstrations, memory_tokens
+from memlong_vllm.evaluation.icl_cases import PROMPT, RAG, SHUFFLED, CaseMaker, Plan
 from memlong_vllm.evaluation.icl_report import Arm, arms_of, outcomes, where
 from memlong_vllm.evaluation.labelled_sentences import TASKS, Example, held_out, read_examples
 from memlong_vllm.evaluation.reports import write_report
@@ -117,6 +118,39 @@ def test_the_most_similar_comes_last() -> None:
     assert [example.number for example in retriever.nearest("x" * 10, pool, 9)] == [30, 1, 12, 9]
 
 
+def test_questions_stand_after_the_demonstrations_that_are_asked_for() -> None:
+    """In the prompt: all of the memory's, or those like the sentence. In memory: the same; none in the prompt."""
+
+    class Characters:
+        def __call__(self, text: str, verbose: bool) -> dict[str, list[int]]:
+            return {"input_ids": list(map(ord, text))}
+
+    class Numbers:
+        """A sentence of one's digit and another's are alike if the digits are near."""
+
+        def embed(self, texts: list[str]) -> np.ndarray:
+            angles = [float(text.split()[-1]) / 100 for text in texts]
+            return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], dtype=np.float32)
+
+    pool = examples(40, 2)
+    tested = [Example(90, "sentence 90", 1)]
+    plan = Plan(tested, pool, [0, 2], [4], [SHUFFLED, PROMPT, RAG], 2, 1, calibrate=True)
+    maker = CaseMaker(plan, TASKS["sst2"], Characters(), 16, SentenceRetriever(Numbers(), None))
+    near, far = draw_demonstrations(pool, 2, 2, 4, seed=0)
+    found = {(case.row["method"], case.row["shots"]): case for case in maker.cases()}
+    assert set(found) == set(product(("none", "memory", "shuffled", "prompt", "rag"), (0, 2)))
+    alike = sorted(far, key=lambda example: example.number)[-2:]
+    for (method, shots), case in found.items():
+        shown = {"prompt": far, "rag": alike}.get(method, []) + near[:shots]
+        before = "".join(f"Review: {one.sentence}\nSentiment: {TASKS['sst2'].words[one.label]}\n\n" for one in shown)
+        assert "".join(map(chr, case.prompt)) == before + "Review: sentence 90\nSentiment:"
+        assert "".join(map(chr, case.content_free or ())) == before + "Review: N/A\nSentiment:"
+        assert (case.memory is not None) == (method in ("memory", "shuffled"))
+        if case.memory is not None:
+            text = "".join(map(chr, case.memory.token_ids))
+            assert all(one.sentence in text for one in far)
+
+
 def words(model: Path, data: Path, output: Path, *more: Any) -> list[Any]:
     common = ["--model", model, "--task", "sst2", "--data", data, "--output", output, "--piece", 96, "--limit", 3]
     return ["icl", *common, "--shots", "0,2", "--memory-shots", "4", "--seeds", 2, *more]
@@ -143,6 +177,9 @@ def test_engine_and_reference_agree(
         assert row["scores"] == pytest.approx(expected[key]["scores"], abs=2e-4)
         assert row["content_free"] == pytest.approx(expected[key]["content_free"], abs=2e-4)
         assert row["predicted"] == int(np.argmax(row["scores"]))
+        # Log-probabilities: less is a quotient.
+        assert row["calibrated"] == int(np.argmax(np.subtract(row["scores"], row["content_free"])))
+    assert any(row["calibrated"] != row["predicted"] for row in measured.values())
     for (name, method, shots, num, seed, number), row in measured.items():
         if method == "memory":
             none = measured[name, "none", shots, 0, seed if shots else None, number]
@@ -223,6 +260,7 @@ def results(path: Path) -> dict[str, Any]:
         common = {"model": "memlong", "shots": 0, "method": method, "memory_shots": num, "seed": seed}
         rows = enumerate(zip(gold, predicted, strict=True))
         file.append([common | {"example": i, "label": label, "predicted": said} for i, (label, said) in rows])
+    file.flush()
     return read_results(path)
 
 

@@ -61,6 +61,7 @@ def trained(with_memory: bool, steps: int = 100, **training: Any) -> dict[str, A
         (trained(False), ()),
         (trained(False, steps=50), ("steps",)),
         (trained(False, steps=50, train=["b"]), ("steps", "texts")),
+        (trained(False, valid=["c"]), ("validation texts",)),
         (trained(False, settings="as in the paper"), ("not known",)),
         (trained(False, start={"digest": "b", "training": record(False)}), ("what it went on from",)),
         (config(None), ("not known",)),

@@ -11,9 +11,9 @@ from memlong_vllm.evaluation.models import ModelSpec
 from memlong_vllm.evaluation.recall import Recall, say_what_is_left_out
 from memlong_vllm.evaluation.recall_report import rate_of, table
 from memlong_vllm.evaluation.runs import Item
-from memlong_vllm.evaluation.scoring import Continuation
+from memlong_vllm.evaluation.scoring import Continuation, Prompt
 from memlong_vllm.evaluation.texts import Text
-from memlong_vllm.recall_material import Prose
+from memlong_vllm.recall_material import Prose, RecallPrompt
 
 WINDOW, CHUNK = 500, 20
 PROSE = "".join(f"On day {day} nobody thought of the house on the hill. " for day in range(1000, 1300))
@@ -98,6 +98,30 @@ def test_depths_that_are_one_place_are_measured_once(capsys: pytest.CaptureFixtu
     assert everywhere.depths_at(1000) == [0.1, 0.5, 0.9]
     say_what_is_left_out(everywhere)
     assert capsys.readouterr().err == ""
+
+
+def test_half_a_needle_without_its_number_is_not_retrieved() -> None:
+    """The note of a pass key says it twice; that of a house has a border of chunks before its number, or in it."""
+    recall = task()
+    needle = "The number of the house of Abbot is 12345. "
+    at, is_retrieved = 2 * CHUNK - needle.index("1"), {}
+    for kind, shift in (("before", 0), ("within", 2)):
+        start = at - shift
+        text = PROSE[:start] + needle + PROSE[: 4 * CHUNK - start]
+        prompt = RecallPrompt(list(map(ord, text)), "12345", (start, start + len(needle)))
+        assert [text[places[0] : places[-1] + 1] for places in recall.numbers(prompt)] == ["12345"]
+        item = Item({"trial": 0}, Prompt(prompt.token_ids), (prompt, CHUNK))
+        for chunks in ((0, 1), (2, 3), (1, 2)):
+            row = recall.judge(item, Continuation([], chunks))
+            is_retrieved[kind, chunks] = row["needle_retrieved"]
+    assert is_retrieved == {
+        ("before", (0, 1)): False,
+        ("before", (2, 3)): True,
+        ("before", (1, 2)): True,
+        ("within", (0, 1)): False,
+        ("within", (2, 3)): False,
+        ("within", (1, 2)): True,
+    }
 
 
 def test_rows_and_tables_say_where_needles_stand() -> None:

@@ -56,8 +56,46 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert content["command_lines"] == ["memlong-vllm evaluate perplexity --texts 'a b.txt'"]
     assert [entry["nll"] for entry in content["rows"]] == [2.5, 2.25, 2.0]
     assert content["model"] == MODELS["memlong"]
-    assert {"python", "torch", "vllm", "transformers", "memlong_vllm", "platform", "cpu"} == content["versions"].keys()
+    packages = {"python", "torch", "vllm", "transformers", "memlong_vllm"}
+    assert content["versions"].keys() == packages | {"platform", "cpu", "gpu"}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_run_may_ask_for_more_of_what_rows_name(tmp_path: Path) -> None:
+    path, extensible = tmp_path / "results.json", ("lengths", "kinds", "trials", "places")
+    first = SETTINGS | {"trials": 4, "places": {"64": [0.1]}}
+    open_results(path, first, extensible=extensible).append([row("memlong", "a", 64, 0, 2.5)])
+    more = first | {"lengths": [64, 32], "trials": 2, "places": {"32": [0.5]}}
+    later = open_results(path, more, extensible=extensible)
+    joined = {"lengths": [32, 64, 128], "kinds": ["passkey"], "trials": 4, "places": {"64": [0.1], "32": [0.5]}}
+    assert later.content["settings"] == SETTINGS | joined
+    assert len(later.rows) == 1
+    with pytest.raises(EvaluationError, match="Different: last was 32, now 16"):
+        open_results(path, more | {"last": 16}, extensible=extensible)
+
+
+def test_writing_takes_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not written at once is at the next row that comes later, or by a flush."""
+    now = [100.0]
+    monkeypatch.setattr("memlong_vllm.evaluation.results.time.monotonic", lambda: now[0])
+    path = tmp_path / "results.json"
+    results = open_results(path)
+    write = results._write
+    monkeypatch.setattr(results, "_write", lambda: (write(), now.__setitem__(0, now[0] + 1)))
+
+    def num_written() -> int:
+        return len(read_results(path)["rows"])
+
+    found = []
+    for text, seconds in (("a", 0), ("b", 40), ("c", 20)):
+        now[0] += seconds
+        results.append([row("memlong", text, 64, 0, 2.5)])
+        found.append(num_written())
+    assert found == [1, 1, 3]
+    results.append([row("memlong", "d", 64, 0, 2.5)])
+    assert num_written() == 3
+    results.flush()
+    assert num_written() == 4
 
 
 def test_reports_tell_of_rows_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +168,7 @@ def perplexity_content(tmp_path: Path) -> Path:
                 results.append([row("memlong", text, length, 0, level + 0.5, window)])
                 results.append([row("memlong", text, length, 512, level + 0.2 + 0.2 * window, window)])
         results.append([row("full", text, 128, None, level + draw.uniform(0, 0.1))])
+    results.flush()
     return path
 
 
@@ -159,6 +198,7 @@ def recall_content(tmp_path: Path) -> Path:
                 outcome = {"memory_size": size, "correct": trial < 4 * rate, "needle_retrieved": found}
                 outcome |= {"needle_depth": min(depth, 0.4) + trial / 100}
                 results.append([fields | outcome])
+    results.flush()
     return results.path
 
 
@@ -199,6 +239,14 @@ def test_reports_need_rows(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"command": "poetry"}))
     with pytest.raises(EvaluationError, match="there are reports of"):
         write_report(path)
+
+
+def test_a_report_says_that_predictions_saw_what_they_predict(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for scope, is_said in (("preceding", False), ("current", True)):
+        models = {"memlong": description(memlong={"query_scope": scope})}
+        open_results(path, models=models, overwrite=True).append([row("memlong", "a", 64, 0, 2.5)])
+        assert ("have seen what they predict" in footer(read_results(path))) == is_said
 
 
 def test_a_rate_says_how_sure_it_is() -> None:

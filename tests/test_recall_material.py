@@ -11,12 +11,14 @@ from memlong_vllm.recall_material import (
     KINDS,
     MULTIKEY,
     PASSKEY,
+    REWORDED,
     MaterialError,
     Prose,
     RecallPrompt,
     recall_prompt,
     sentence_breaks,
 )
+from memlong_vllm.training.woven_facts import make_fact
 
 LENGTH = 3000
 
@@ -61,6 +63,16 @@ def test_passkey_wording() -> None:
     key = re.search(r"The pass key is (\d{5})\. Remember it\. \1 is the pass key\.", text)
     assert key is not None
     assert text.endswith("What is the pass key? The pass key is")
+
+
+def test_reworded_is_not_what_training_asks() -> None:
+    text = decode(make(REWORDED).token_ids)
+    number = re.search(r"To open the iron gate of the old orchard, turn the dial to (\d{5}) and push\.", text)
+    assert number is not None
+    assert text.endswith("\n\nTo open the iron gate of the old orchard, turn the dial to")
+    draw = random.Random(0)
+    trained = " ".join(made.statement + made.question for made in (make_fact(draw) for _ in range(2000)))
+    assert not {"gate", "orchard", "dial"} & set(re.findall(r"\w+", trained))
 
 
 def test_multikey_asks_for_one_of_several() -> None:

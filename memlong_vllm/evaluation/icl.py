@@ -65,6 +65,7 @@ class InContextLearning:
     desk: Desk = field(default_factory=Desk)
     command: str = "icl"
     key: tuple[str, ...] = ("model", "method", "shots", "memory_shots", "seed", "example")
+    extensible: tuple[str, ...] = ()
 
     @property
     def max_length(self) -> int:

@@ -169,7 +169,7 @@ NOT_DECISIVE = {"with_memory", "keep_features", "checkpointing", "save_every"}
 
 def training_differences(other: Mapping[str, Any], main: Mapping[str, Any]) -> tuple[str, ...]:
     """In what the training of a control or variant was not the main model's, beside memory: settings,
-    texts, what it went on from; "not known" if one has no record."""
+    texts, validation texts (which choose the step), what it went on from; "not known" if one has no record."""
     before = [(config.get("memlong_adapter") or {}).get("merged_before") or {} for config in (other, main)]
     found = _differences(training_of(other), training_of(main))
     return found if before[0].get("digest") == before[1].get("digest") else (*found, "what was merged before")
@@ -183,6 +183,7 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[st
     names = sorted((their_settings.keys() & our_settings.keys()) - NOT_DECISIVE)
     found = [name for name in names if their_settings[name] != our_settings[name]]
     found += [] if theirs.get("train") == ours.get("train") else ["texts"]
+    found += [] if theirs.get("valid") == ours.get("valid") else ["validation texts"]
     starts = [record.get("start") for record in (theirs, ours)]
     if (starts[0] is None) != (starts[1] is None):
         return (*found, "what it went on from")

@@ -54,6 +54,7 @@ class Perplexity:
     prefix: list[int]
     command: str = "perplexity"
     key: tuple[str, ...] = ("model", "text", "window", "length", "memory_size")
+    extensible: tuple[str, ...] = ("memory_sizes",)
 
     @property
     def max_length(self) -> int:

@@ -66,6 +66,7 @@ class Recall:
     seed: int
     command: str = "recall"
     key: tuple[str, ...] = ("model", "kind", "length", "depth", "trial", "memory_size")
+    extensible: tuple[str, ...] = ("memory_sizes", "kinds", "lengths", "trials", "depths_measured")
 
     @property
     def max_length(self) -> int:
@@ -135,21 +136,34 @@ class Recall:
         asked: RecallPrompt = item.expected[0]
         text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         digits = re.search(r"\d+", text)
-        start, end = asked.needle
         is_retrieved = None
         if answer.retrieved is not None:
-            size = item.expected[1]
-            is_retrieved = not set(answer.retrieved).isdisjoint(range(start // size, (end - 1) // size + 1))
+            chunk_size = item.expected[1]
+            numbers = [{place // chunk_size for place in places} for places in self.numbers(asked)]
+            is_retrieved = any(chunks <= {*answer.retrieved} for chunks in numbers)
         return {
             "text": self.texts[item.row["trial"] % len(self.texts)].name,
             "tokens": len(item.prompt.token_ids),
             "expected": asked.expected,
             "answer": text,
             "correct": digits is not None and digits.group() == asked.expected,
-            "needle": [start, end],
+            "needle": list(asked.needle),
             "needle_depth": round(asked.depth, 4),
             "needle_retrieved": is_retrieved,
         }
+
+    def numbers(self, prompt: RecallPrompt) -> list[list[int]]:
+        """Places of the tokens of every number in the needle: a chunk's border may run through it, and the
+        half without the number answers nothing."""
+        found: list[list[int]] = []
+        for place in range(*prompt.needle):
+            if not any(map(str.isdigit, self.tokenizer.decode([prompt.token_ids[place]], skip_special_tokens=True))):
+                continue
+            if found and found[-1][-1] == place - 1:
+                found[-1].append(place)
+            else:
+                found.append([place])
+        return found
 
     def line(self, row: Row) -> str:
         memory = "" if row["memory_size"] is None else f" memory {row['memory_size']}"
@@ -184,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trials", type=positive, default=10, metavar="N",
         help="prompts of each kind, length and depth, every one with a key and prose of its own (default: 10)",
     )  # fmt: skip
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: both)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
     parser.add_argument(
         "--keys", type=positive, default=NUM_KEYS, metavar="N", help=f"house numbers in a prompt (default: {NUM_KEYS})"
     )

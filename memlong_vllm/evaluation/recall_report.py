@@ -16,8 +16,8 @@ class Rate:
     """How often answers were right.
 
     Attributes:
-        num_retrieved: prompts whose needle was among the chunks that the first answer token attended
-            to; None for models without memory.
+        num_retrieved: prompts of whose needle a number was, whole, in the chunks that the first answer
+            token attended to; None for models without memory.
         depth: where needles started, as a fraction of the prompt: the mean.
     """
 

@@ -79,7 +79,8 @@ def footer(content: dict[str, Any]) -> str:
     lines = [f"- `{label}`: {_model(description)}" for label, description in content["models"].items()]
     settings, versions = content["settings"], content["versions"]
     runner = f"vLLM {versions['vllm']}" if settings["engine"] == "vllm" else f"transformers {versions['transformers']}"
-    lines.append(f"- {runner}, {settings['dtype']}, torch {versions['torch']}, {versions['cpu']}")
+    device = versions.get("gpu") or versions["cpu"]
+    lines.append(f"- {runner}, {settings['dtype']}, torch {versions['torch']}, {device}")
     if len(codes := content.get("code", [])) > 1:
         lines.append(f"- **rows were measured with {len(codes)} states of this package's code**: {', '.join(codes)}")
     lines += [f"- `{line}`" for line in content.get("command_lines", [])]
@@ -94,6 +95,8 @@ def _model(description: dict[str, Any]) -> str:
         "window": f"sliding window of {description['local_window']} alone",
     }
     notes = ", chunks chosen by chance" if description["random_retrieval"] else ""
+    if (description.get("memlong") or {}).get("query_scope") == "current":
+        notes += "; **segments query with their own text, so predictions have seen what they predict**"
     if description.get("is_stripped"):
         notes += "; its weights were trained with the memory that it does not have here, so the fair one is --backbone"
     if differs := description.get("training_differs"):

@@ -9,9 +9,12 @@ import os
 import platform
 import shlex
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import engine_patches
 import memlong_vllm
@@ -19,6 +22,8 @@ from memlong_vllm.evaluation.scoring import EvaluationError
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "vllm", "transformers", "memlong-vllm")
+# Of the time of a run, how much may go into writing its file again and again, as rows are added.
+WRITING_SHARE = 0.02
 
 
 def versions() -> dict[str, str | None]:
@@ -29,7 +34,8 @@ def versions() -> dict[str, str | None]:
             found[package.replace("-", "_")] = version(package)
         except PackageNotFoundError:
             found[package.replace("-", "_")] = None
-    return found | {"platform": platform.platform(), "cpu": _cpu_name()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return found | {"platform": platform.platform(), "cpu": _cpu_name(), "gpu": gpu}
 
 
 @functools.cache
@@ -57,10 +63,12 @@ class ResultsFile:
     ``code`` are digests of this package's sources, one for every state of them that measured rows:
     reports tell if there are several. A run with the same settings adds the rows that are missing,
     and may add models. The file is first written with the first rows, so that a run that fails
-    before leaves what was there.
+    before leaves what was there; then as often as is cheap, and by :meth:`flush`.
 
     Args:
         key: fields that tell a row from every other.
+        extensible: settings that rows name: more of them may be asked for later, and those of the file
+            stay.
         overwrite: what is in the file is not read, and gone with the first rows.
 
     Raises:
@@ -74,9 +82,11 @@ class ResultsFile:
         settings: dict[str, Any],
         models: dict[str, Any],
         key: tuple[str, ...],
+        extensible: tuple[str, ...] = (),
         overwrite: bool = False,
     ) -> None:
-        self.path, self._key = path, key
+        self.path, self._key, self._extensible = path, key, extensible
+        self._is_written, self._write_again_at = True, 0.0
         # Of what this process has imported, though the files may change while it runs.
         self._code = code_digest()
         # As it will be read again: tuples become lists.
@@ -101,22 +111,35 @@ class ResultsFile:
         return self._key_of(row) in self._keys
 
     def append(self, rows: list[Row]) -> None:
-        """Add rows and save: a reader, or a run after a crash, sees all of them or none."""
+        """Add rows. A reader, or a run after a crash, sees all of them or none."""
         self.rows.extend(rows)
         self._keys |= {self._key_of(row) for row in rows}
         self._lines += [json.dumps(row) for row in rows]
+        self._is_written = False
+        if time.monotonic() >= self._write_again_at:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added and is not in the file yet."""
+        if self._is_written:
+            return
+        began = time.monotonic()
         self._write()
+        ended = time.monotonic()
+        self._is_written, self._write_again_at = True, ended + (ended - began) / WRITING_SHARE
 
     def _key_of(self, row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in self._key)
 
     def _resume(self, found: dict[str, Any]) -> None:
-        differences = _differences(found, self.content)
+        differences = _differences(found, self.content, self._extensible)
         if differences:
             raise EvaluationError(
                 f"--output {self.path} is of a run with other settings; name another file or add --overwrite. "
                 f"Different: {'; '.join(differences)}"
             )
+        for name in self._extensible:
+            self.content["settings"][name] = _joined(found["settings"].get(name), self.content["settings"][name])
         self.content["models"] = found["models"] | self.content["models"]
         self.content["model"] = next(iter(self.content["models"].values()))
         self.content["command_lines"] = found.get("command_lines", [])
@@ -149,14 +172,24 @@ def read_results(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read as results: {error}") from error
-    if not isinstance(content, dict) or not {"command", "settings", "models", "rows"} <= content.keys():
+    needed = {"command", "settings", "versions", "model", "models", "rows"}
+    if not isinstance(content, dict) or not needed <= content.keys():
         raise EvaluationError(f"{path} is no results file of memlong-vllm evaluate")
     return content
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _joined(old: Any, new: Any) -> Any:
+    """An extensible setting of two runs: all values of a list, all entries of an object, the higher number."""
+    if isinstance(new, list):
+        return sorted({*(old or []), *new})
+    if isinstance(new, dict):
+        return (old or {}) | new
+    return max(old or 0, new)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], extensible: tuple[str, ...]) -> list[str]:
     pairs = [("command", old["command"], new["command"])]
-    names = sorted(old["settings"].keys() | new["settings"].keys())
+    names = sorted((old["settings"].keys() | new["settings"].keys()) - set(extensible))
     pairs += [(name, old["settings"].get(name), new["settings"].get(name)) for name in names]
     # Other machines may go on with a run; other packages may not.
     names = [package.replace("-", "_") for package in PACKAGES]

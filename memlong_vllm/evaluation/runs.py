@@ -24,6 +24,8 @@ from memlong_vllm.evaluation.variants import add_variant_arguments, check_memory
 
 # Of the deployment's settings, those that mean something without an engine.
 FOR_THE_REFERENCE = ("retriever_path", "retriever_device")
+# What follows from the options, or is read by the run.
+OF_THE_RUN = {"trace_file", "max_memory_size", "max_top_k"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Task(Protocol):
     @property
     def max_length(self) -> int:
         """Tokens of the longest sequence, what is generated included."""
+        ...
+
+    @property
+    def extensible(self) -> tuple[str, ...]:
+        """Settings that rows name, so that a file with others of them can be added to."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -215,13 +222,15 @@ def resolved(option: str, text: str | None) -> Path | None:
 
 def check_memlong(engine: str, memlong: dict[str, Any]) -> None:
     """Raises:
-    EvaluationError: if ``--memlong`` has what the reference cannot apply.
+    EvaluationError: if ``--memlong`` has what the reference cannot apply, or what the run itself decides.
     """
     of_engines = {field.name for field in fields(DeploymentConfig)} - set(FOR_THE_REFERENCE)
     if engine == "reference" and (refused := sorted(of_engines & memlong.keys())):
         raise EvaluationError(
             f"--memlong {', '.join(refused)}: a matter of the engine, and --engine reference has none: leave it out"
         )
+    if refused := sorted(OF_THE_RUN & memlong.keys()):
+        raise EvaluationError(f"--memlong {', '.join(refused)}: the evaluation sets this itself: leave it out")
 
 
 def memory_sizes_of(arguments: argparse.Namespace, main: ModelSpec) -> list[int]:
@@ -255,7 +264,10 @@ def run_task(
     settings |= {"memory_sizes": list(sizes), "top_k": arguments.top_k}
     descriptions = {spec.label: describe(spec) for spec in specs}
     items = [task.items(spec) for spec in specs]
-    results = ResultsFile(arguments.output, task.command, settings, descriptions, task.key, arguments.overwrite)
+    check_writable(arguments.output)
+    results = ResultsFile(
+        arguments.output, task.command, settings, descriptions, task.key, task.extensible, arguments.overwrite
+    )
     with tempfile.TemporaryDirectory(prefix="memlong-evaluate-") as folder:
         how = ScorerSettings(
             engine=arguments.engine,
@@ -272,6 +284,18 @@ def run_task(
         for spec, of_model in zip(specs, items, strict=True):
             _run_model(task, spec, of_model, how, results)
     return results
+
+
+def check_writable(output: Path) -> None:
+    """Raises:
+    EvaluationError: if results cannot be put there, before hours went into them.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}."):
+            pass
+    except OSError as error:
+        raise EvaluationError(f"--output {output}: cannot be written there: {error}") from error
 
 
 def default_dtype(engine: str) -> str:
@@ -298,12 +322,15 @@ def _run_model(task: Task, spec: ModelSpec, items: Sequence[Item], how: ScorerSe
     if not missing:
         return
     with open_scorer(spec, how) as scorer, tqdm(total=len(missing), desc=spec.label, unit="row") as bar:
-        for start in range(0, len(missing), how.batch):
-            batch = missing[start : start + how.batch]
-            began = time.perf_counter()
-            rows = task.measure(scorer, batch)
-            seconds = round((time.perf_counter() - began) / len(batch), 3)
-            results.append([row | {"seconds": seconds} for row in rows])
-            for row in rows:
-                bar.write(task.line(row))
-            bar.update(len(batch))
+        try:
+            for start in range(0, len(missing), how.batch):
+                batch = missing[start : start + how.batch]
+                began = time.perf_counter()
+                rows = task.measure(scorer, batch)
+                seconds = round((time.perf_counter() - began) / len(batch), 3)
+                results.append([row | {"seconds": seconds} for row in rows])
+                for row in rows:
+                    bar.write(task.line(row))
+                bar.update(len(batch))
+        finally:
+            results.flush()
