@@ -19,6 +19,7 @@ from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.reference.retrieval import SequenceMemory
 from memlong_vllm.training.documents import TextsError
 from memlong_vllm.training.features import FrozenHalf, least_tokens
+from memlong_vllm.training.finetune import finetune
 from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.run_state import ResumeError, RunFolder
 from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
@@ -27,7 +28,7 @@ from memlong_vllm.training.trainer import DivergedError, Trainer, learning_rate_
 from memlong_vllm.training.validation import Validation
 from tests.checkpoints import Checkpoints
 from tests.engines import Reference
-from tests.training_run import documents, train
+from tests.training_run import SETTINGS, documents, train
 
 JOINT = {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"}
 
@@ -203,6 +204,7 @@ def test_what_an_interruption_left_half_done(tmp_path: Path) -> None:
     folder.open({"a": 1}, restart=False)
     assert folder.has_state
     assert folder.lowest_validation() == 2.5
+    assert folder.first_validation() is None
     leftover = folder.folder / "state.previous" / "shared.pt"
     leftover.parent.mkdir()
     leftover.touch()
@@ -210,6 +212,20 @@ def test_what_an_interruption_left_half_done(tmp_path: Path) -> None:
     folder.save({"step": 2}, {}, 0, lambda: None)
     assert folder.load(0) == ({"step": 2}, {})
     assert not leftover.parent.exists()
+    (folder.folder / "run.json").write_text('{"a":')
+    with pytest.raises(ResumeError, match=r"run\.json cannot be read .* choose another output or --restart"):
+        folder.open({"a": 1}, restart=False)
+
+
+def test_a_run_that_made_things_worse_says_so(
+    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
+) -> None:
+    for rate, is_worse in ((1e-2, False), (100.0, True)):
+        said: list[str] = []
+        output = tmp_path / f"{rate}.safetensors"
+        parts = TrainedParts(rank=2, alpha=4.0, full=("norms",))
+        train(checkpoints.memlong(), output, tokens, cache, say=said.append, learning_rate=rate, parts=parts)
+        assert any("what this run learned is worse" in text for text in said) == is_worse
 
 
 def test_a_memory_layer_that_does_not_read_is_frozen(checkpoints: Checkpoints) -> None:
@@ -294,6 +310,21 @@ def test_in_half_precision_with_accumulation(
     assert losses[0] != exact
     state = torch.load(Path(f"{full}.run") / "state" / "rank0.pt", weights_only=True)
     assert state["streams"]["places"][0][1] == 2
+
+
+def test_parts_of_an_update_weigh_as_their_tokens(checkpoints: Checkpoints, tokens: list[int], tmp_path: Path) -> None:
+    """The same segments, one after the other or as rows: the same gradient."""
+    pieces = documents(tokens, (100, 100))
+    pieces[1] = replace(pieces[1], loss_weights=tuple(0.0 if idx < 48 else 2.0 for idx in range(100)))
+    norms = []
+    for rows, accumulation in ((2, 1), (1, 2)):
+        output = tmp_path / f"{rows}.safetensors"
+        parts = {"rows": rows, "accumulation": accumulation, "steps": 1, "with_memory": False}
+        job = FinetuneJob(checkpoints.memlong(), output, tmp_path / "cache", cpu=True)
+        finetune(job, FinetuneSettings(**(SETTINGS | parts)), lambda *_: (pieces, []), lambda text: None)
+        norms += [entry["grad_norm"] for entry in log_of(output)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] > 0
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])

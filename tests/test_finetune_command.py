@@ -144,6 +144,7 @@ def test_as_many_documents_are_taken_as_are_read() -> None:
         (["--texts", __file__, "--lora-targets", ""], "LoRA targets are none"),
         (["--texts", __file__, "--weave-facts", "-1"], "must be 0 or more"),
         (["--texts", __file__, "--document-offset", "-1"], "--document-offset -1: must be 0 or more"),
+        (["--texts", __file__, "--start", "{output}"], "is --output too, and would be overwritten"),
         (["--texts", __file__, "--weave-copies", "1.5"], "--weave-copies 1.5: must be from 0 to 1"),
         (["--texts", __file__, "--rows", "1", "--start", __file__], "not a safetensors file"),
         (["--dataset", "any", "--document-tokens", "64"], "--document-tokens 64: texts must have "),
@@ -154,20 +155,23 @@ def test_as_many_documents_are_taken_as_are_read() -> None:
 def test_bad_input_is_named(
     arguments: list[str], message: str, checkpoints: Checkpoints, command: Callable[..., Any], tmp_path: Path
 ) -> None:
-    status, printed = command("--model", checkpoints.memlong(), "--output", tmp_path / "a.safetensors", *arguments)
+    output = tmp_path / "a.safetensors"
+    arguments = [argument.format(output=output) for argument in arguments]
+    status, printed = command("--model", checkpoints.memlong(), "--output", output, *arguments)
     assert (status, message in printed) == (2, True), printed
-    assert not (tmp_path / "a.safetensors").exists()
+    assert not output.exists()
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_adapter(checkpoints: Checkpoints, texts: Path, tmp_path: Path) -> None:
-    """Data-parallel on the CPU (gloo): both take part, gradients are averaged, one writes."""
+    """Data-parallel on the CPU (gloo): both take part, gradients are averaged by tokens' weights, which
+    differ from text to text, and one writes."""
     output = tmp_path / "adapter.safetensors"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     arguments = [
         "-m", "memlong_vllm.cli.main", "finetune", "--cache-dir", str(tmp_path / "cache"), *OPTIONS.split(),
         "--model", str(checkpoints.memlong()), "--output", str(output), "--texts", str(texts / "train*.txt"),
-        "--rows", "1", "--save-every", "1",
+        "--rows", "1", "--save-every", "1", "--weave-facts", "60",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=400)
@@ -181,6 +185,9 @@ def test_two_processes_train_one_adapter(checkpoints: Checkpoints, texts: Path, 
     command = [sys.executable, *arguments, "--rows", "2", "--output", str(alone)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
+    logs = [Path(f"{path}.run/log.jsonl").read_text().splitlines() for path in (output, alone)]
+    norms = [[json.loads(line)["grad_norm"] for line in log if "loss" in line] for log in logs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     together, single = load_adapter(output).tensors, load_adapter(alone).tensors
     for name, tensor in single.items():
         torch.testing.assert_close(together[name], tensor, atol=1e-3, rtol=1e-2, msg=name)

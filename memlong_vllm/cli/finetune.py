@@ -89,13 +89,10 @@ def _add_data(group: Any) -> None:
 
 def _add_training(group: Any) -> None:
     group.add_argument("--no-memory", dest="with_memory", action="store_false", default=None, help="train the control")
-    for name, kind in (
-        ("steps", int), ("rows", int), ("accumulation", int), ("segment-tokens", int), ("learning-rate", float),
-        ("memory-learning-rate", float), ("adapter-learning-rate", float), ("warmup-steps", int),
-        ("weight-decay", float), ("max-grad-norm", float), ("bias-start", float), ("calibrate-tokens", int),
-        ("validate-every", int), ("save-every", int), ("seed", int),
-    ):  # fmt: skip
-        group.add_argument(f"--{name}", type=kind)
+    for name, (kind, text) in _NUMBERS.items():
+        default = getattr(FinetuneSettings, name, None)
+        known = "" if default is None else f" (default: {default}, or the preset's)"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text}{known}")
     group.add_argument("--schedule", choices=("constant", "linear", "cosine"))
     group.add_argument("--precision", choices=("bf16", "fp32"))
     group.add_argument("--checkpointing", action="store_true", default=None, help="recompute activations (less memory)")
@@ -110,11 +107,27 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
+# Of FinetuneSettings.
+_NUMBERS = {
+    "steps": (int, "updates of the weights"),
+    "rows": (int, "streams that are read side by side, by each process"),
+    "accumulation": (int, "batches an update is made of"),
+    "segment_tokens": (int, "tokens of a stream in a batch"),
+    "learning_rate": (float, "of LoRA, and of what is trained whole, after warm-up"),
+    "memory_learning_rate": (float, "a tenth of that of gates and biases (default: the learning rate)"),
+    "adapter_learning_rate": (float, "of maps of memory (default: the memory's)"),
+    "warmup_steps": (int, "steps in which the rates rise"),
+    "weight_decay": (float, "AdamW's"),
+    "max_grad_norm": (float, "longer gradients are cut to this"),
+    "bias_start": (float, "where a memory_bias that is 0 begins"),
+    "calibrate_tokens": (int, "tokens that fresh maps of memory are fitted on; 0: they are not"),
+    "validate_every": (int, "steps; 0: at the end only"),
+    "save_every": (int, "steps; 0: at the end only"),
+    "seed": (int, "of the texts' order, LoRA's beginning and dropout"),
+}
 _SETTINGS = (
-    "with_memory", "steps", "rows", "accumulation", "segment_tokens", "learning_rate", "memory_learning_rate",
-    "adapter_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "bias_start", "calibrate_tokens",
-    "validate_every", "save_every", "seed", "schedule", "precision", "checkpointing", "keep_features", "rank", "alpha",
-    "dropout", "targets", "full",
+    *_NUMBERS, "with_memory", "schedule", "precision", "checkpointing", "keep_features", "rank", "alpha", "dropout",
+    "targets", "full",
 )  # fmt: skip
 
 
@@ -154,6 +167,8 @@ def _check(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if output.is_dir() or output.suffix != ".safetensors":
         raise SettingsError(f"--output {output}: name a .safetensors file")
+    if arguments.start is not None and arguments.start.resolve() == output.resolve():
+        raise SettingsError(f"--start {arguments.start} is --output too, and would be overwritten: name another output")
     for name in ("weave_facts", "document_offset"):
         if getattr(arguments, name) < 0:
             raise SettingsError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 0 or more")

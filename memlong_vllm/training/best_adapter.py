@@ -32,6 +32,7 @@ class BestAdapter:
 
     Attributes:
         lowest: negative log-likelihood of the best so far; infinite if there is none.
+        at_start: that before the first step, if it was validated.
     """
 
     def __init__(
@@ -49,11 +50,19 @@ class BestAdapter:
         self.identity, self.trained, self.folder = identity, trained, folder
         self.start = start
         self.lowest = float("inf")
+        self.at_start: float | None = None
 
     def offer(self, step: int, validation: Validation) -> None:
-        if step > 0 and validation.nll < self.lowest:
+        if step == 0:
+            self.at_start = validation.nll
+        elif validation.nll < self.lowest:
             self.lowest = validation.nll
             self.write(step, validation)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether validation was better after some step than before the first; without validation: True."""
+        return self.at_start is None or self.lowest < self.at_start
 
     def finish(self, step: int) -> None:
         """Leave the best adapter at the output, whatever happened to that; without validation, the last."""

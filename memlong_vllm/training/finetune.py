@@ -57,6 +57,8 @@ def finetune(
     trainer.run(best.offer if accelerator.is_main_process else _ignore)
     if accelerator.is_main_process:
         best.finish(trainer.step)
+        if not best.has_learned:
+            say("no validation was as good as the one before the first step: what this run learned is worse")
     accelerator.wait_for_everyone()
     return load_adapter(job.output)
 
@@ -100,6 +102,7 @@ def _prepare(
         trainer.restore()
         say(f"going on from step {trainer.step} of {settings.steps}")
         best.lowest = folder.lowest_validation() if folder.best.exists() else best.lowest
+        best.at_start = folder.first_validation()
     return trainer, best
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class RunFolder:
         if restart and self.folder.exists():
             shutil.rmtree(self.folder)
         if description.exists():
-            known = json.loads(description.read_text())
+            known = self._known(description)
             differing = sorted(key for key in identity.keys() | known.keys() if identity.get(key) != known.get(key))
             if differing:
                 changes = "; ".join(_difference(key, known.get(key), identity.get(key)) for key in differing)
@@ -64,7 +63,16 @@ class RunFolder:
             self._settle()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        description.write_text(json.dumps(identity, indent=2) + "\n")
+        partial = self.folder / "run.json.partial"
+        partial.write_text(json.dumps(identity, indent=2) + "\n")
+        os.replace(partial, description)
+
+    @staticmethod
+    def _known(description: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(description.read_text()))
+        except (OSError, ValueError) as error:
+            raise ResumeError(f"{description} cannot be read ({error}): choose another output or --restart") from error
 
     def _settle(self) -> None:
         """Undo what an interruption left half done."""
@@ -109,9 +117,15 @@ class RunFolder:
         self.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
     def lowest_validation(self) -> float:
-        """Negative log-likelihood of the best validation so far, infinite without one."""
-        entries = self._entries()
-        return min((e["validation"]["nll"] for e in entries if e["step"] and "validation" in e), default=float("inf"))
+        """Negative log-likelihood of the best validation after a step so far, infinite without one."""
+        return min((nll for step, nll in self._validations() if step), default=float("inf"))
+
+    def first_validation(self) -> float | None:
+        """That before the first step."""
+        return next((nll for step, nll in self._validations() if not step), None)
+
+    def _validations(self) -> list[tuple[int, float]]:
+        return [(entry["step"], entry["validation"]["nll"]) for entry in self._entries() if "validation" in entry]
 
     def _entries(self) -> list[dict[str, Any]]:
         """The log's lines, without a last one that was cut short."""
@@ -152,4 +166,4 @@ def carried_state(carried: Carried) -> dict[str, Any]:
 
 def restored_carried(state: dict[str, Any], device: torch.device) -> Carried:
     keys, values = (tuple(tensor.to(device) for tensor in state[name]) for name in ("keys", "values"))
-    return replace(Carried(keys, values, state["num_tokens"]), num_tokens=state["num_tokens"].to(device))
+    return Carried(keys, values, state["num_tokens"].to(device))

@@ -125,21 +125,24 @@ class Streams:
     ) -> None:
         self.documents, self.reader, self.seed = documents, reader, seed
         self.rank, self.num_ranks = rank, num_ranks
-        if len(self._order(0)) < num_rows:
+        self._num_own = len(range(rank, len(documents), num_ranks))
+        self._order: tuple[int, list[int]] = (-1, [])  # Of an epoch.
+        if self._num_own < num_rows:
             raise ValueError(f"{len(self.documents)} documents are too few for {num_rows} rows a process")
         self._taken = 0
         self._places: list[list[int]] = [[-1, 0] for _ in range(num_rows)]  # Document, next segment.
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.documents)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order[self.rank :: self.num_ranks]
+    def _order_of(self, epoch: int) -> list[int]:
+        if epoch != self._order[0]:
+            order = list(range(len(self.documents)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = epoch, order[self.rank :: self.num_ranks]
+        return self._order[1]
 
     def _take_document(self) -> int:
-        size = len(self._order(0))
-        document = self._order(self._taken // size)[self._taken % size]
+        epoch, number = divmod(self._taken, self._num_own)
         self._taken += 1
-        return document
+        return self._order_of(epoch)[number]
 
     def next_batch(self) -> SegmentBatch:
         places = []
@@ -153,7 +156,7 @@ class Streams:
     @property
     def epoch(self) -> float:
         """Documents begun, in passes over all of them."""
-        return self._taken / len(self._order(0))
+        return self._taken / self._num_own
 
     def state(self) -> dict[str, Any]:
         return {"taken": self._taken, "places": [list(place) for place in self._places]}

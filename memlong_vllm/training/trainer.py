@@ -61,6 +61,7 @@ class Progress:
     weighted: float = 0.0
     weight: float = 0.0
     tokens: int = 0
+    grad_norm: float = 0.0
 
 
 class DivergedError(RuntimeError):
@@ -156,7 +157,8 @@ class Trainer:
             with self.accelerator.accumulate(self.upper):
                 self._forward_backward(batch.to(self.accelerator.device), weight, progress)
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(list(self.trained.values()), self.settings.max_grad_norm)
+                    learned = list(self.trained.values())
+                    progress.grad_norm = float(self.accelerator.clip_grad_norm_(learned, self.settings.max_grad_norm))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         factor = learning_rate_factor(self.settings, self.step)
@@ -169,6 +171,7 @@ class Trainer:
             "step": self.step + 1,
             "loss": loss,
             "tokens_per_s": progress.tokens * self.accelerator.num_processes / seconds,
+            "grad_norm": progress.grad_norm,
             "learning_rate": self.settings.learning_rate * factor,
             "epoch": self.streams.epoch,
             **self._gate_sizes(),
