@@ -101,6 +101,8 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
     memory = MemoryConfig.from_dict(block, base.num_hidden_layers)
     # That of a MemLong base stays, also without memory, as a control is: it is measured beside the base.
     reached = base.max_position_embeddings if isinstance(base, MemLongConfig) else trained
+    if max_length is not None and max_length < 1:
+        raise ConversionError(f"--max-length {max_length}: must be positive")
     reach = max_length or max(reached, memory.memory_size + memory.local_window)
     values = base.to_dict() | {
         "memlong": memory.to_dict(),

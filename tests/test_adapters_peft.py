@@ -208,6 +208,9 @@ def test_the_released_script_without_gates_or_configuration(tmp_path: Path) -> N
     released(tmp_path / "contradiction", 0.25, {"mem_layer": 0, "ret_attn_layers": [1, 2], "use_gate": False})
     with pytest.raises(AdapterError, match="use_gate false, but the adapter has gates"):
         read_peft(tmp_path / "contradiction")
+    released(tmp_path / "number", 0.25, {"mem_layer": 0, "ret_attn_layers": 5})
+    with pytest.raises(AdapterError, match="ret_attn_layers = 5: must be a list of layers"):
+        read_peft(tmp_path / "number")
 
 
 # What cannot be read.

@@ -117,6 +117,9 @@ def test_refusals(checkpoints: Any, tmp_path: Path) -> None:
         convert(checkpoints.base(), tmp_path / "full")
     with pytest.raises(MemoryConfigError, match=r"memlong\.top_k = 'many'"):
         convert(checkpoints.base(), tmp_path / "out", settings=MEMORY | {"top_k": "many"})
+    for length in (0, -5):
+        with pytest.raises(ConversionError, match=f"--max-length {length}: must be positive"):
+            convert(checkpoints.base(), tmp_path / "out", settings=MEMORY, max_length=length)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConversionError, match="dynamic"):
         memlong_config(LlamaConfig(rope_parameters=dynamic), preset("paper", 32, 2048), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import shlex
@@ -101,6 +102,7 @@ def test_end_to_end(checkpoints: Checkpoints, text: str, tmp_path: Path, capsys:
     printed, markdown = capsys.readouterr().out, output.with_suffix(".md").read_text()
     assert markdown in printed
     result = json.loads(output.read_text())
+    assert result["texts"] == {Path(text).name: hashlib.sha256(Path(text).read_bytes()).hexdigest()[:16]}
     assert [row["layer"] for row in result["layers"]] == list(range(5))
     for row in result["layers"]:
         mean = (row["gain"]["mean"] + row["drop"]["mean"]) / 2

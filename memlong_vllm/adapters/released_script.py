@@ -41,15 +41,17 @@ def memlong_block(config_file: Path, has_gates: bool) -> tuple[dict[str, Any], d
         has_gates: whether the adapter holds gates of theirs.
 
     Raises:
-        AdapterError: if the file says that there are no gates, but there are.
+        AdapterError: if the file says that there are no gates, but there are, or names no layers.
     """
     block: dict[str, Any] = {"fusion": "scaled_logits"} if has_gates else {}
     config = _read(config_file)
     if "mem_layer" not in config:
         return block, {}
     block["memory_layer"] = config["mem_layer"]
-    if config.get("ret_attn_layers"):
-        block["retrieval_layers"] = sorted(config["ret_attn_layers"])
+    if layers := config.get("ret_attn_layers"):
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise AdapterError(f"{config_file}: ret_attn_layers = {layers!r}: must be a list of layers")
+        block["retrieval_layers"] = sorted(layers)
     for theirs, default, names in _FIELDS:
         block |= dict.fromkeys(names, config.get(theirs, default))
     if has_gates and config.get("use_gate") is False:

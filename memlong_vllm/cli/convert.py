@@ -10,7 +10,7 @@ from typing import Any
 
 from memlong_vllm.adapters import Adapter, AdapterError
 from memlong_vllm.adapters.peft_format import read_adapter
-from memlong_vllm.cli.model_argument import DEMO_BASE, ModelArgumentError, resolve_model
+from memlong_vllm.cli.model_argument import DEMO, DEMO_BASE, ModelArgumentError, resolve_model
 from memlong_vllm.config import MemLongConfig, MemoryConfigError
 from memlong_vllm.conversion import ConversionError, convert, is_control
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "base",
         help="folder with a Llama model (safetensors), or a .gguf file; for an adapter also a MemLong checkpoint or "
-        "'demo-base'",
+        "'demo' or 'demo-base'",
     )
     parser.add_argument("output", type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument(
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         adapter = None if arguments.adapter is None else read_adapter(arguments.adapter)
         base = arguments.base
         config = convert(
-            resolve_model(base) if base == DEMO_BASE else Path(base),
+            resolve_model(base) if base in (DEMO, DEMO_BASE) else Path(base),
             arguments.output,
             arguments.preset,
             dict(arguments.settings),
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             adapter,
             arguments.force,
         )
-    except (ConversionError, ModelArgumentError, MemoryConfigError, AdapterError) as error:
+    except (ConversionError, ModelArgumentError, MemoryConfigError, AdapterError, OSError) as error:
         print(f"memlong-vllm convert: {error}", file=sys.stderr)
         return 2
     print(json.dumps(config.memlong, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def check_output(path: Path | None) -> None:
         raise ProbeError(f"--output {path}: {path.parent} is no folder to write a file in")
 
 
-def write_result(result: ProbeResult, path: Path, model: str, texts: Sequence[str], markdown: str) -> None:
+def write_result(result: ProbeResult, path: Path, model: str, texts: dict[str, str], markdown: str) -> None:
     path.write_text(json.dumps(to_json(result, model, texts), indent=2) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     written = [path, path.with_suffix(".md")]
@@ -92,7 +93,9 @@ def say(text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Llama folder, a .gguf file, a MemLong checkpoint, or 'demo'")
-    parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="prose (default: a novel)")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], metavar="FILE", help=f"prose (default: {NOVEL.name})"
+    )
     parser.add_argument("--output", type=Path, metavar="JSON", help="write all rows; .md and .png go beside it")
     numbers = (
         ("window", "W", "tokens of the sliding window"),
@@ -147,5 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(markdown)
     print(convert_command(result, "BASE" if is_memlong(path) else str(path)))
     if arguments.output is not None:
-        write_result(result, arguments.output, arguments.model, [str(p) for p in arguments.texts], markdown)
+        names = [path.name for path in arguments.texts or [NOVEL]]
+        digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+        write_result(result, arguments.output, arguments.model, dict(zip(names, digests, strict=True)), markdown)
     return 0

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,8 +46,12 @@ def convert_command(result: ProbeResult, base: str) -> str:
     return shlex.join(words)
 
 
-def to_json(result: ProbeResult, model: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Everything that was measured, as lists by trial too, so that other statistics can be made of it."""
+def to_json(result: ProbeResult, model: str, texts: dict[str, str]) -> dict[str, Any]:
+    """Everything that was measured, as lists by trial too, so that other statistics can be made of it.
+
+    Args:
+        texts: digests of the texts, by name.
+    """
     measures = result.layers
     rows = [
         {
@@ -63,7 +66,7 @@ def to_json(result: ProbeResult, model: str, texts: Sequence[str]) -> dict[str, 
     ]
     return {
         "model": model,
-        "texts": list(texts),
+        "texts": texts,
         "versions": {name: _version(name) for name in PACKAGES},
         "settings": asdict(result.settings),
         "geometry": asdict(result.geometry) | {"context_tokens": result.geometry.context_tokens},
