@@ -2,7 +2,9 @@
 
 The model is this project's reference (``memlong_vllm.reference``). Like the authors' code, it
 decodes text, embeds and searches inside the forward pass, and does so again in *every* step of
-decoding, where the engine embeds once a chunk. Nothing is kept from one sequence to the next.
+decoding, where the engine embeds once a chunk. Nothing is kept from one sequence to the next. Of a
+checkpoint with ``memory_adapter`` the maps are left out: theirs have none, and what would be computed
+anew at every step is no cost of theirs. (Only the speed is of interest, and answers are not read.)
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class AuthorsLoop:
 
         config = MemLongConfig.from_pretrained(checkpoint)
         config.max_position_embeddings = max(config.max_position_embeddings, max_model_len)
+        config.memlong = config.memlong | {"memory_adapter": None}
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = MemLongForCausalLM.from_pretrained(checkpoint, config=config, dtype=dtype).eval()
         self._model.to(self._device)

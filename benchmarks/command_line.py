@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, Size, parse_size
-from contenders import AUTHORS, DTYPE_BYTES, FP8, FULL, INT8, MEMLONG, TITLES, WINDOW, Contenders, Options
+from contenders import AUTHORS, DTYPE_BYTES, FP8, FULL, MEMLONG, TITLES, WINDOW, Contenders, Options
 from interleaved import InterleavedRun, MeasureCell, Turns
 from measurement_file import MeasurementFile, available_bytes
 
 from memlong_vllm.config import GIB
 from memlong_vllm.demo_model import demo_checkpoint
 
-ALL = (MEMLONG, WINDOW, FULL, FP8, INT8, AUTHORS)
+ALL = (MEMLONG, WINDOW, FULL, FP8, AUTHORS)
 
 
 def parser(description: str | None, engines: Sequence[str] = ALL) -> argparse.ArgumentParser:
@@ -44,6 +44,8 @@ def parser(description: str | None, engines: Sequence[str] = ALL) -> argparse.Ar
 
 def _count(text: str) -> tuple[str, int]:
     name, _, number = text.partition("=")
+    if name not in TITLES or not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not ENGINE=N with one of {', '.join(TITLES)}")
     return name, int(number)
 
 

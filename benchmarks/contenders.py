@@ -29,7 +29,7 @@ TITLES = {
     INT8: "full attention, int8 KV cache",
     WINDOW: "sliding window only, stock vLLM",
     OFF: "MemLong that remembers nothing (memory_size 0): its attention, and no memory",
-    AUTHORS: "the authors' loop in transformers",
+    AUTHORS: "the authors' loop in transformers, without the maps of memory that theirs has not",
 }
 KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,6 +39,8 @@ KNOWN, LASTING = ("decode", "document", "spread", "aligned"), ("decode",)
 # Blocks of the KV cache have at most so many tokens; a window needs one more at either end.
 BLOCK_TOKENS = 128
 WARM_UP_ANSWER = 4
+# Of a process beside weights and caches: libraries, compiled code, the tensors of a step.
+PROCESS_BYTES = 6 * GIB // 10
 # Engines of this package, and those whose KV cache needs a window only.
 OURS, WINDOWED = (MEMLONG, OFF), (MEMLONG, OFF, WINDOW)
 
@@ -157,15 +159,21 @@ class Contenders:
         """All engines run at once.
 
         Raises:
-            SystemExit: if their caches alone are more than there is, and the system would end one of them.
+            SystemExit: if they take more than there is, and the system would end one of them.
         """
-        names = [name for name in self.names if name != AUTHORS and self._cells[name]]
-        total = sum(self.kv_bytes(name) + (self._bank_bytes(name) if name in OURS else 0) for name in names)
+        names = [name for name in self.names if self._cells[name]]
+        weights = sum(file.stat().st_size for file in self._checkpoint.glob("*.safetensors"))
+        total = sum(weights + PROCESS_BYTES + self._cache_bytes(name) for name in names)
         if available is not None and total > available:
             raise SystemExit(
-                f"--kv-gib {self.options.kv_bytes / GIB:g}: the caches of {len(names)} engines take {total / GIB:.1f} "
-                f"GiB, {available / GIB:.1f} are available: lower it, or have fewer --engines or smaller cells"
+                f"--kv-gib {self.options.kv_bytes / GIB:g}: {len(names)} engines take about {total / GIB:.1f} GiB, "
+                f"{available / GIB:.1f} are available: lower it, or have fewer --engines or smaller cells"
             )
+
+    def _cache_bytes(self, name: str) -> int:
+        if name == AUTHORS:  # It has none of its own size.
+            return 0
+        return self.kv_bytes(name) + (self._bank_bytes(name) if name in OURS else 0)
 
     def kv_bytes(self, name: str) -> int:
         """Of the KV cache: for all sequences of the largest cell, within the limit. Engines with a

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 # Imported once, by a process that must have no OpenMP threads when an engine's is forked off: their
 # pool would be the child's as well, and it would wait for them for ever.
-PRELOADED = ("vllm.entrypoints.llm", "memlong_vllm.model", "vllm_engine")
+PRELOADED = ("vllm.entrypoints.llm", "memlong_vllm.model")
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 

@@ -78,13 +78,13 @@ class InterleavedRun:
                 self._turn(name, cell, repetition)
 
     def _discard_older(self, cell: Cell, repetition: int) -> bool:
-        """Forget rows of an earlier run where one that failed there has been measured now."""
+        """Forget rows of earlier runs where this run's engines have rows of several."""
         wanted = cell.key | {"repetition": repetition}
         rows = [row for row in self._file.rows if row.items() >= wanted.items()]
-        older = [row for row in rows if row["run"] != self._run and row["engine"] in self._contenders.names]
-        if not older or len(older) == len(rows):
+        rows = [row for row in rows if row["engine"] in self._contenders.names]
+        if len({row["run"] for row in rows}) < 2:
             return False
-        self._file.discard(older)
+        self._file.discard([row for row in rows if row["run"] != self._run])
         return True
 
     def _turn(self, name: str, cell: Cell, repetition: int) -> None:
@@ -117,7 +117,8 @@ class InterleavedRun:
         return bool(rows) and not self._turns.retry and not all(row.get("failed") for row in rows)
 
     def _fail(self, name: str, cell: Cell, reason: str) -> None:
-        """An engine that fails is started again for the next cell; one that does not start stays out of this run."""
+        """An engine that fails is started again for the next cell; one that does not start, or does not answer
+        the first prompt, stays out of this run."""
         self._failed.add((name, cell))
         if name in self._running:
             self._running.pop(name).stop()
@@ -127,8 +128,13 @@ class InterleavedRun:
     def _engine(self, name: str) -> EngineProcess:
         if name not in self._running:
             print(f"starting {name}", flush=True)
-            self._running[name] = self._contenders.start(name)
-            self._contenders.warm_up(name, self._running[name])
+            engine = self._contenders.start(name)
+            try:
+                self._contenders.warm_up(name, engine)
+            except BaseException:
+                engine.stop()
+                raise
+            self._running[name] = engine
             settings, facts = self._contenders.settings(name), self._running[name].facts
             self._setups[name] = self._file.add_engine(name, settings, facts)
         return self._running[name]

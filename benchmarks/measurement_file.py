@@ -31,7 +31,7 @@ class MeasurementFile(ResultsFile):
     def __init__(
         self, path: Path, benchmark: str, settings: dict[str, Any], engines: dict[str, Any], overwrite: bool = False
     ) -> None:
-        super().__init__(path, benchmark, settings, engines, KEY, overwrite)
+        super().__init__(path, benchmark, settings, engines, KEY, overwrite=overwrite)
         self.content.setdefault("engines", {})
         self._load_at_the_start = self.content.get("machine", {}).get("load_at_the_start", os.getloadavg())
 
@@ -50,6 +50,11 @@ class MeasurementFile(ResultsFile):
         self.content["engines"] = {
             name: [setups] if isinstance(setups, dict) else setups for name, setups in found["engines"].items()
         }
+
+    def append(self, rows: list[Row]) -> None:
+        """Add rows and save at once: they are few, and took long."""
+        super().append(rows)
+        self.flush()
 
     def next_run(self) -> int:
         """The number of a run that begins now. Rows of one run were measured in turns."""

@@ -28,7 +28,6 @@ def measure(name: str, engine: EngineProcess, cell: Cell, repetition: int) -> di
     return {
         "peak_bytes_total": sum(result.peak_bytes.values()),
         "peak_bytes": result.peak_bytes,
-        "peak_rss_bytes": engine.peak_rss_bytes(),
         "simultaneous": result.is_simultaneous,
         "total_s": result.total_s,
     }

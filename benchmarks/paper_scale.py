@@ -74,8 +74,9 @@ def run(file: MeasurementFile, arguments: argparse.Namespace, donor: Path) -> No
     row = {"engine": f"{MEMLONG}, {name}{changes}, {arguments.answer} answered", "workload": RUN}
     row |= {"length": arguments.length, "batch": arguments.batch, "model": name + changes, "repetition": 0}
     skipped = row | {"repetition": None}
-    if file.has(row) or file.has(skipped):
+    if file.has(row):
         return
+    file.discard([skipped])
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         print(f"writing random weights to {scratch}", flush=True)
         config = shaped_config(arguments, donor)

@@ -72,6 +72,28 @@ def test_throughput_runs(model: Path, tmp_path: Path) -> None:
     assert "MemLong / window" in write_report([tmp_path / "throughput.json"], tmp_path / "report.md")[0].read_text()
 
 
+def test_the_authors_loop_runs(model: Path, tmp_path: Path) -> None:
+    """Of one sequence: an embedding for every token that is answered."""
+    words = [
+        "--model",
+        model,
+        *TINY,
+        "--lengths",
+        320,
+        "--batches",
+        1,
+        "--answer",
+        6,
+        "--engines",
+        "memlong",
+        "authors",
+    ]
+    rows = by_cell(run("throughput.py", tmp_path / "authors.json", *words, "--workloads", "prefill"))
+    assert rows["authors", "prefill", 320, 1]["tokens_per_s"] > 0
+    texts = {engine: rows[engine, "prefill", 320, 1]["counters"]["embedded_texts"] for engine in ("memlong", "authors")}
+    assert texts["authors"] >= texts["memlong"] + 4
+
+
 @pytest.mark.slow
 def test_the_bank_in_either_place_answers_alike(model: Path, tmp_path: Path) -> None:
     words = ["--model", model, "--length", 400, "--batch", 2, "--max-tokens", 20, "--repetitions", 1]
@@ -125,7 +147,8 @@ def test_every_benchmark_runs_with_every_contender(model: Path, tmp_path: Path) 
     for name, words in names.items():
         content = run(f"{name}.py", tmp_path / f"{name}.json", *common, *words)
         missing = {row["engine"]: row["skipped"] for row in content["rows"] if "skipped" in row}
-        assert missing.keys() <= {"fp8", "int8", "authors"}, missing
+        allowed = {"fp8", "authors"} if name == "online" else {"fp8"}  # Which some CPUs have not.
+        assert missing.keys() <= allowed, missing
     words = [*common, *short, "--decoded", 24, "--compiled", "--engines", "memlong", "window"]
     assert len(run("throughput.py", tmp_path / "compiled.json", *words)["rows"]) == 2 * 3
     words = ["--run", "--shape", model, "--model", model, "--length", 256, "--answer", 8]
