@@ -55,6 +55,14 @@ def measured() -> dict[str, Any]:
     return run("tests.kernel_check", interpreted=not torch.cuda.is_available())
 
 
+def test_the_benchmark_asks_kernel_and_pytorch_the_same() -> None:
+    found = run("tests.kernel_benchmark", interpreted=not torch.cuda.is_available())
+    assert len(found) == 8
+    for name, (kernel, sdpa) in found.items():
+        assert kernel < 1e-4, name
+        assert sdpa < 1e-4, name
+
+
 def test_all_cases_are_measured(measured: dict[str, Any]) -> None:
     assert sorted(measured) == sorted(CASES)
 
