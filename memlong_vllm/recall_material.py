@@ -140,7 +140,7 @@ def key_question(name: str = "pass key") -> str:
 
 
 def _passkey(draw: random.Random) -> tuple[list[str], str, str]:
-    key = _five_digits(draw)
+    key = five_digits(draw)
     return [f"\n\n{key_note(key)}\n\n"], f"\n\n{key_question()}", key
 
 
@@ -150,7 +150,7 @@ def _multikey(draw: random.Random, num_keys: int) -> tuple[list[str], str, str]:
     names = draw.sample(NAMES, num_keys)
     keys: list[str] = []
     while len(keys) < num_keys:
-        key = _five_digits(draw)
+        key = five_digits(draw)
         keys += [key] if key not in keys else []
     needles = [f"\n\nThe number of the house of {name} is {key}.\n\n" for name, key in zip(names, keys, strict=True)]
     question = f"\n\nWhat is the number of the house of {names[0]}? The number of the house of {names[0]} is"
@@ -158,12 +158,12 @@ def _multikey(draw: random.Random, num_keys: int) -> tuple[list[str], str, str]:
 
 
 def _reworded(draw: random.Random) -> tuple[list[str], str, str]:
-    number = _five_digits(draw)
+    number = five_digits(draw)
     text = "To open the iron gate of the old orchard, turn the dial to"
     return [f"\n\n{text} {number} and push.\n\n"], f"\n\n{text}", number
 
 
-def _five_digits(draw: random.Random) -> str:
+def five_digits(draw: random.Random) -> str:
     return str(draw.randint(10000, 99999))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from memlong_vllm.evaluation.ablation_report import groups_of
 from memlong_vllm.evaluation.models import model_specs
@@ -21,7 +22,7 @@ from memlong_vllm.evaluation.reports import write_report
 from memlong_vllm.evaluation.results import ResultsFile, read_results
 from memlong_vllm.evaluation.scoring import EvaluationError
 from memlong_vllm.evaluation.variants import untrained_for, variant_specs, variation
-from memlong_vllm.evaluation.varied_checkpoint import INDEX, varied_checkpoint
+from memlong_vllm.evaluation.varied_checkpoint import varied_checkpoint
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from tests.checkpoints import Checkpoints, novel
 
@@ -152,7 +153,7 @@ def shard(checkpoint: Path) -> None:
     for file in set(places.values()):
         part = {name: tensor for name, tensor in tensors.items() if places[name] == file}
         save_file(part, checkpoint / file, metadata={"format": "pt"})
-    (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (checkpoint / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def test_training_does_without_engine_and_evaluation() -> None:
     """It needs the reference, the retriever's embedder and adapters, and nobody but commands needs it."""
     training = folder("memlong_vllm.training")
     allowed = folder("memlong_vllm.adapters") | folder("memlong_vllm.reference") | SHARED | {"memlong_vllm.ridge"}
-    allowed |= {"memlong_vllm.recall_material", "memlong_vllm.adapter_input"}
+    allowed |= {"memlong_vllm.recall_material", "memlong_vllm.adapter_input", "memlong_vllm.package_versions"}
     allowed |= {"memlong_vllm.memories.fingerprint", "memlong_vllm.memories.errors", "memlong_vllm.retriever.embedder"}
     assert {name for module in training for name in ours(module)} <= training | allowed
     users = {module for module in sources() if ours(module) & training} - training

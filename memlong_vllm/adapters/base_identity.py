@@ -13,7 +13,7 @@ import torch
 from memlong_vllm.adapters.errors import AdapterError
 
 NUM_SAMPLES = 64
-_EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def backbone_identity(state_dict: Mapping[str, torch.Tensor], config: Any) -> Ba
     if not names:
         raise AdapterError("the base model has no weights: an identity needs its state dict")
     samples = {name: _sample(name, state_dict[name]) for name in names}
-    if samples.get(_OUTPUT) is not None and samples[_OUTPUT] == samples.get(_EMBEDDINGS):
-        del samples[_OUTPUT]  # Tied: some files hold it, others leave it out.
+    if samples.get(OUTPUT) is not None and samples[OUTPUT] == samples.get(EMBEDDINGS):
+        del samples[OUTPUT]  # Tied: some files hold it, others leave it out.
     digest = hashlib.sha256()
     for name, (shape, values) in samples.items():
         digest.update(json.dumps([name, shape]).encode() + values)

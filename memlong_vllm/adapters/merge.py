@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from memlong_vllm.adapters.adapter import Adapter
-from memlong_vllm.adapters.base_identity import backbone_identity
+from memlong_vllm.adapters.base_identity import EMBEDDINGS, OUTPUT, backbone_identity
 from memlong_vllm.adapters.errors import AdapterError
-
-_EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def merge_adapter(
@@ -38,7 +36,7 @@ def merge_adapter(
         _require_base(adapter, state_dict, config)
     merged = dict(state_dict)
     for name in adapter.whole_parameters():
-        if name == _OUTPUT and config.tie_word_embeddings:
+        if name == OUTPUT and config.tie_word_embeddings:
             _require_tied(adapter)
             continue
         weight = _weight(merged, name, list(adapter.tensors[name].shape))
@@ -49,8 +47,8 @@ def merge_adapter(
         assert adapter.lora is not None
         learned = adapter.lora.scale * (half_b.to(weight.device) @ half_a.to(weight.device))
         merged[f"{module}.weight"] = (weight.detach().float() + learned).to(weight.dtype)
-    if config.tie_word_embeddings and _EMBEDDINGS in adapter.tensors and _OUTPUT in merged:
-        merged[_OUTPUT] = merged[_EMBEDDINGS]
+    if config.tie_word_embeddings and EMBEDDINGS in adapter.tensors and OUTPUT in merged:
+        merged[OUTPUT] = merged[EMBEDDINGS]
     return merged
 
 
@@ -67,10 +65,10 @@ def _require_base(adapter: Adapter, state_dict: Mapping[str, torch.Tensor], conf
 
 
 def _require_tied(adapter: Adapter) -> None:
-    embeddings = adapter.tensors.get(_EMBEDDINGS)
-    if embeddings is None or not torch.equal(embeddings, adapter.tensors[_OUTPUT]):
+    embeddings = adapter.tensors.get(EMBEDDINGS)
+    if embeddings is None or not torch.equal(embeddings, adapter.tensors[OUTPUT]):
         raise AdapterError(
-            f"{_OUTPUT} was trained apart from {_EMBEDDINGS}, but the model ties them (tie_word_embeddings)"
+            f"{OUTPUT} was trained apart from {EMBEDDINGS}, but the model ties them (tie_word_embeddings)"
         )
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 # Of MemLong; popped where they are, so that a folder with a plain Llama model is taken as well.
 OUR_FIELDS = ("memlong", "auto_map", "backbone_max_position_embeddings")
-INDEX = "model.safetensors.index.json"
 
 
 def plain_backbone(checkpoint: Path, output: Path, window: int | None = None) -> Path:
@@ -37,7 +37,7 @@ def plain_backbone(checkpoint: Path, output: Path, window: int | None = None) ->
     for file in checkpoint.iterdir():
         if not file.is_file() or file.name == "config.json" or file.suffix == ".py":
             continue
-        if is_memlong and (file.suffix == ".safetensors" or file.name == INDEX):
+        if is_memlong and (file.suffix == ".safetensors" or file.name == SAFE_WEIGHTS_INDEX_NAME):
             _without_memory(file, output / file.name)
         else:
             (output / file.name).symlink_to(file.resolve())
@@ -45,7 +45,7 @@ def plain_backbone(checkpoint: Path, output: Path, window: int | None = None) ->
 
 
 def _without_memory(source: Path, target: Path) -> None:
-    if source.name == INDEX:
+    if source.name == SAFE_WEIGHTS_INDEX_NAME:
         index: dict[str, Any] = json.loads(source.read_text())
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if ".memory_" not in name}
         target.write_text(json.dumps(index))

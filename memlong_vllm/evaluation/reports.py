@@ -25,6 +25,7 @@ COLOURS = {
     "full": "#2e8b57",
     "window": "#7f8c8d",
 }
+VARIANTS = ("#d98c00", "#17a2a2", "#b5479c", "#6b8e23", "#8c564b", "#333333")
 Line = tuple[str, int | None]
 """A model's label and a memory size: what a line of a table or plot is of."""
 
@@ -123,11 +124,13 @@ def line_name(line: Line) -> str:
 
 
 def line_style(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
-    """Of matplotlib: a model's colour, paler for smaller memories, dashed with memory off."""
+    """Of matplotlib: a model's colour, paler for smaller memories, dashed with memory off. Variants get others
+    in turn."""
     sizes = sorted(size or 0 for model, size in lines if model == line[0])
     rank = (sizes.index(line[1] or 0) + 1) / len(sizes)
     style = "-" if line[1] else "-." if line[1] is None else "--"
-    colour = COLOURS.get(line[0], "#333333")
+    variants = list(dict.fromkeys(model for model, _ in lines if model not in COLOURS))
+    colour = COLOURS[line[0]] if line[0] in COLOURS else VARIANTS[variants.index(line[0]) % len(VARIANTS)]
     return {"color": colour, "alpha": 0.35 + 0.65 * rank, "linestyle": style, "marker": "o", "markersize": 4}
 
 

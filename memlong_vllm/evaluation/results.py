@@ -10,7 +10,6 @@ import platform
 import shlex
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import engine_patches
 import memlong_vllm
 from memlong_vllm.evaluation.scoring import EvaluationError
+from memlong_vllm.package_versions import package_versions
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "vllm", "transformers", "memlong-vllm")
@@ -29,11 +29,7 @@ WRITING_SHARE = 0.02
 def versions() -> dict[str, str | None]:
     """What a measurement was made with."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package.replace("-", "_")] = version(package)
-        except PackageNotFoundError:
-            found[package.replace("-", "_")] = None
+    found |= {name.replace("-", "_"): version for name, version in package_versions(PACKAGES).items()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return found | {"platform": platform.platform(), "cpu": _cpu_name(), "gpu": gpu}
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from memlong_vllm.conversion import fresh_value
 
 MEMORY_PARAMETER = re.compile(r"model\.layers\.(\d+)\.self_attn\.(memory_\w+)")
-INDEX = "model.safetensors.index.json"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -74,10 +74,10 @@ def _write_for_layers(checkpoint: Path, output: Path, layers: Iterable[int]) -> 
         fresh = {name: fresh_value(name, tensors[added[name]]) for name in added if after[name] == file}
         kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
         save_file(kept | fresh, output / file, metadata={"format": "pt"})
-    if (checkpoint / INDEX).exists():
-        index = json.loads((checkpoint / INDEX).read_text())
-        (output / INDEX).write_text(json.dumps(index | {"weight_map": after}))
-        changed |= {INDEX}
+    if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).exists():
+        index = json.loads((checkpoint / SAFE_WEIGHTS_INDEX_NAME).read_text())
+        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index | {"weight_map": after}))
+        changed |= {SAFE_WEIGHTS_INDEX_NAME}
     return changed
 
 

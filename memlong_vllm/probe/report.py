@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import shlex
 from dataclasses import asdict
 from typing import Any
 
+from memlong_vllm.package_versions import package_versions
 from memlong_vllm.probe.experiment import ProbeResult
 from memlong_vllm.probe.measures import Estimate, Samples
 from memlong_vllm.probe.readers import ReaderMeasures
@@ -67,7 +67,7 @@ def to_json(result: ProbeResult, model: str, texts: dict[str, str]) -> dict[str,
     return {
         "model": model,
         "texts": texts,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(PACKAGES),
         "settings": asdict(result.settings),
         "geometry": asdict(result.geometry) | {"context_tokens": result.geometry.context_tokens},
         "units": {
@@ -83,13 +83,6 @@ def to_json(result: ProbeResult, model: str, texts: dict[str, str]) -> dict[str,
         "readers": [_readers(readers) for readers in result.readers],
         "proposal": asdict(result.proposal) | {"settings": convert_settings(result)},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _samples(samples: Samples) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from memlong_vllm.adapters.adapter import Adapter, LoraSettings
 from memlong_vllm.adapters.adapter_file import save_adapter
 from memlong_vllm.adapters.base_identity import BaseIdentity
+from memlong_vllm.package_versions import package_versions
 from memlong_vllm.reference.modeling_memlong import MemLongForCausalLM
 from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.run_state import RunFolder
@@ -80,7 +80,7 @@ class BestAdapter:
             **self._start(),
             "step": step,
             "validation": validation and validation.to_dict(),
-            "versions": {name: _version(name) for name in VERSIONS_OF},
+            "versions": package_versions(VERSIONS_OF),
             **(self.job.notes or {}),
         }
         tensors = {
@@ -105,10 +105,3 @@ def _copy(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.copyfile(source, partial)
     os.replace(partial, target)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # This one, run from a checkout.
-        return None

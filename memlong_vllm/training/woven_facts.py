@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from memlong_vllm.config import MemoryConfig
-from memlong_vllm.recall_material import key_note, key_question
+from memlong_vllm.recall_material import five_digits, key_note, key_question
 from memlong_vllm.training.documents import Document
 
 Encode = Callable[[str], list[int]]
@@ -45,7 +45,7 @@ class Fact:
 
 
 def named_key(draw: random.Random, name: str) -> Fact:
-    key = _number(draw)
+    key = five_digits(draw)
     return Fact(key_note(key, name), key_question(name), f" {key}")
 
 
@@ -53,16 +53,12 @@ def make_fact(draw: random.Random) -> Fact:
     """Something about a person, in one of a few forms: five digits, or a name of two words."""
     owner = f"{draw.choice(_FIRST)} {draw.choice(_LAST)}"
     if draw.random() < 0.7:
-        thing, answer = draw.choice(_NUMBERED), _number(draw)
+        thing, answer = draw.choice(_NUMBERED), five_digits(draw)
         subject = draw.choice((f"number of {owner}'s {thing}", f"number of the {thing} of {owner}"))
     else:
         thing, answer = draw.choice(_NAMED), f"{draw.choice(_WORDS)} {draw.choice(_LAST)}"
         subject = f"name of {owner}'s {thing}"
     return Fact(f"The {subject} is {answer}.", f"What is the {subject}? The {subject} is", f" {answer}")
-
-
-def _number(draw: random.Random) -> str:
-    return str(draw.randrange(10000, 100000))
 
 
 @dataclass(frozen=True)
