@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -21,21 +20,12 @@ from memlong_vllm.training.documents import TextsError
 from memlong_vllm.training.features import FrozenHalf, least_tokens
 from memlong_vllm.training.finetune import finetune
 from memlong_vllm.training.job import FinetuneJob
-from memlong_vllm.training.run_state import ResumeError, RunFolder
 from memlong_vllm.training.settings import PRESETS, FinetuneSettings, with_overrides
 from memlong_vllm.training.trainable import SettingsError, TrainedParts, select_trained
-from memlong_vllm.training.trainer import DivergedError, Trainer, learning_rate_factor
-from memlong_vllm.training.validation import Validation
+from memlong_vllm.training.trainer import DivergedError, learning_rate_factor
 from tests.checkpoints import Checkpoints
 from tests.engines import Reference
-from tests.training_run import SETTINGS, documents, train
-
-JOINT = {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"}
-
-
-def log_of(output: Path) -> list[dict]:
-    folder = FinetuneJob(output, output, output).folder
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+from tests.training_run import JOINT, SETTINGS, documents, log_of, train
 
 
 @pytest.fixture(scope="module")
@@ -98,69 +88,6 @@ def test_each_part_learns_at_its_own_rate(
         assert rate <= moved[kind] * 1.01 <= 4.1 * rate, kind
 
 
-def test_an_interrupted_run_goes_on_exactly(
-    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = checkpoints.memlong(**JOINT)
-    options = {"parts": TrainedParts(rank=2, alpha=4.0, dropout=0.1), "steps": 6, "schedule": "cosine"}
-    whole = train(folder, tmp_path / "whole.safetensors", tokens, cache, **options)
-
-    update = Trainer._update
-
-    def interrupted(trainer: Trainer) -> dict:
-        if trainer.step == 5:  # One step after the last save.
-            raise KeyboardInterrupt
-        return update(trainer)
-
-    monkeypatch.setattr(Trainer, "_update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, tmp_path / "parts.safetensors", tokens, cache, **options)
-    monkeypatch.undo()
-    resumed = train(folder, tmp_path / "parts.safetensors", tokens, cache, **options)
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    for name, tensor in whole.tensors.items():
-        assert torch.equal(tensor, resumed.tensors[name]), name
-    logs = [
-        [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in log_of(tmp_path / f"{name}.safetensors")]
-        for name in ("whole", "parts")
-    ]
-    assert logs[0] == logs[1]
-
-
-def test_another_run_is_not_continued(checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path) -> None:
-    output = tmp_path / "a.safetensors"
-    train(checkpoints.memlong(), output, tokens, cache, steps=2)
-    with pytest.raises(ResumeError, match=r"settings\.learning_rate: [\d.e-]+ then, 0\.001 now.*restart"):
-        train(checkpoints.memlong(), output, tokens, cache, steps=2, learning_rate=1e-3)
-    train(checkpoints.memlong(), output, tokens, cache, steps=2, learning_rate=1e-3, restart=True)
-
-
-def test_a_run_that_goes_on_keeps_what_was_better(
-    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "a.safetensors"
-    best = train(checkpoints.memlong(), output, tokens, cache, steps=2)
-    monkeypatch.setattr(Trainer, "validate", lambda trainer: Validation(99.0, None, 1))
-    again = train(checkpoints.memlong(), output, tokens, cache, steps=4)
-    assert again.digest() == best.digest()
-    assert again.training["step"] == 2
-    assert len(log_of(output)) == 4 + 3  # The validations after 0, 2 and 4 steps are in it.
-
-
-def test_an_output_that_was_deleted_is_written_again(
-    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The best, not the last."""
-    output = tmp_path / "a.safetensors"
-    best = train(checkpoints.memlong(), output, tokens, cache, steps=2)
-    monkeypatch.setattr(Trainer, "validate", lambda trainer: Validation(99.0, None, 1))
-    train(checkpoints.memlong(), output, tokens, cache, steps=4)
-    output.unlink()
-    again = train(checkpoints.memlong(), output, tokens, cache, steps=4)
-    assert again.digest() == best.digest()
-    assert again.training["step"] == 2
-
-
 @pytest.mark.parametrize(("window", "stride"), [(64, 16), (64, 32), (48, 48)])
 def test_how_long_a_text_must_be(checkpoints: Checkpoints, tokens: list[int], window: int, stride: int) -> None:
     """Exactly as long as the reference needs to retrieve something."""
@@ -191,41 +118,6 @@ def test_divergence_is_an_error(checkpoints: Checkpoints, tokens: list[int], cac
     with pytest.raises(DivergedError, match=r"step \d+: the loss is (nan|inf)"):
         train(checkpoints.memlong(gates=float("nan")), output, tokens, cache)
     assert not output.exists()
-
-
-def test_what_an_interruption_left_half_done(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    folder.open({"a": 1}, restart=False)
-    folder.log({"step": 1})
-    folder.open({"a": 1}, restart=False)
-    assert not folder.log_file.exists()  # No state: the steps of the log will be taken again.
-    folder.log({"step": 1, "validation": {"nll": 2.5}})
-    (folder.folder / "state.previous").mkdir()
-    folder.open({"a": 1}, restart=False)
-    assert folder.has_state
-    assert folder.lowest_validation() == 2.5
-    assert folder.first_validation() is None
-    leftover = folder.folder / "state.previous" / "shared.pt"
-    leftover.parent.mkdir()
-    leftover.touch()
-    folder.open({"a": 1}, restart=False)  # It was being removed.
-    folder.save({"step": 2}, {}, 0, lambda: None)
-    assert folder.load(0) == ({"step": 2}, {})
-    assert not leftover.parent.exists()
-    (folder.folder / "run.json").write_text('{"a":')
-    with pytest.raises(ResumeError, match=r"run\.json cannot be read .* choose another output or --restart"):
-        folder.open({"a": 1}, restart=False)
-
-
-def test_a_run_that_made_things_worse_says_so(
-    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
-) -> None:
-    for rate, is_worse in ((1e-2, False), (100.0, True)):
-        said: list[str] = []
-        output = tmp_path / f"{rate}.safetensors"
-        parts = TrainedParts(rank=2, alpha=4.0, full=("norms",))
-        train(checkpoints.memlong(), output, tokens, cache, say=said.append, learning_rate=rate, parts=parts)
-        assert any("what this run learned is worse" in text for text in said) == is_worse
 
 
 def test_a_memory_layer_that_does_not_read_is_frozen(checkpoints: Checkpoints) -> None:
@@ -342,34 +234,6 @@ def test_a_processor_without_bfloat16_is_told_of(
     assert [line for line in said["bf16"] if "--precision fp32" in line] == said["bf16"]
     assert len(said["bf16"]) == (capability == "AVX2")
     assert not said["fp32"]
-
-
-def test_a_line_of_the_log_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.log({"step": 1, "validation": {"nll": 2.0}})
-    with folder.log_file.open("a") as file:
-        file.write('{"step": 2, "validation": {"n')
-    assert folder.lowest_validation() == 2.0
-    folder.cut_log(1)
-    folder.log({"step": 2})
-    assert [json.loads(line)["step"] for line in folder.log_file.read_text().splitlines()] == [1, 2]
-
-
-def test_more_steps_continue_a_finished_run(
-    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "a.safetensors"
-    train(checkpoints.memlong(), output, tokens, cache, steps=2)
-    train(checkpoints.memlong(), output, tokens, cache, steps=3)
-    assert [entry["step"] for entry in log_of(output) if "loss" in entry] == [1, 2, 3]
-
-
-def test_steps_may_not_be_added_where_rates_depend_on_them(
-    checkpoints: Checkpoints, tokens: list[int], cache: Path, tmp_path: Path
-) -> None:
-    train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, cache, steps=2, schedule="cosine")
-    with pytest.raises(ResumeError, match=r"settings\.steps: 2 then, 3 now"):
-        train(checkpoints.memlong(), tmp_path / "a.safetensors", tokens, cache, steps=3, schedule="cosine")
 
 
 def test_the_control_learns_nothing_of_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from memlong_vllm.training.job import FinetuneJob
 from memlong_vllm.training.settings import FinetuneSettings
 from memlong_vllm.training.trainable import TrainedParts
 
+# Memory that learns maps and biases.
+JOINT: dict[str, Any] = {"fusion": "joint", "memory_bias": True, "memory_adapter": "linear"}
 PARTS = TrainedParts(rank=2, alpha=4.0)
 SETTINGS: dict[str, Any] = {
     "parts": PARTS,
@@ -70,3 +73,9 @@ def frozen_half(folder: Path, model: MemLongForCausalLM, cache: Path) -> FrozenH
 
     autocast = Accelerator(cpu=True, mixed_precision="no").autocast
     return FrozenHalf(folder, model, embedder.embed, decode, cache, torch.float32, autocast, "the checkpoint's own")
+
+
+def log_of(output: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log."""
+    folder = FinetuneJob(output, output, output).folder
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
