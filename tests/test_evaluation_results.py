@@ -118,6 +118,13 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
         open_results(path, models=MODELS | {"memlong": description(digest="2f")})
 
 
+def test_a_model_may_be_renamed(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    open_results(path).append([row("memlong", "a", 64, 0, 2.5)])
+    later = open_results(path, models=MODELS | {"memlong": description(name="another")})
+    assert (later.content["models"]["memlong"]["name"], len(later.rows)) == ("another", 1)
+
+
 def test_what_is_overwritten_stays_until_there_are_rows(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     open_results(path).append([row("memlong", "a", 64, 0, 2.5)])
