@@ -101,8 +101,6 @@ def memlong_config(base: PreTrainedConfig, block: dict[str, Any], max_length: in
     memory = MemoryConfig.from_dict(block, base.num_hidden_layers)
     # That of a MemLong base stays, also without memory, as a control is: it is measured beside the base.
     reached = base.max_position_embeddings if isinstance(base, MemLongConfig) else trained
-    if max_length is not None and max_length < 1:
-        raise ConversionError(f"--max-length {max_length}: must be positive")
     reach = max_length or max(reached, memory.memory_size + memory.local_window)
     values = base.to_dict() | {
         "memlong": memory.to_dict(),
@@ -194,6 +192,8 @@ def convert(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} exists and is not an empty folder: choose another or remove it")
+    if max_length is not None and max_length < 1:
+        raise ConversionError(f"--max-length {max_length}: must be positive")
     if adapter is None and is_memlong(base):
         raise ConversionError(f"{base} is a MemLong checkpoint already; what can be done to it is --adapter")
     # An adapter is merged into the weights as they are: rounding them first would make another base,
