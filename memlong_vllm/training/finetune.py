@@ -58,7 +58,7 @@ def finetune(
     if accelerator.is_main_process:
         best.finish(trainer.step)
         if not best.has_learned:
-            say("no validation was as good as the one before the first step: what this run learned is worse")
+            say("no validation was better than the one before the first step: this run learned nothing of use")
     accelerator.wait_for_everyone()
     return load_adapter(job.output)
 
