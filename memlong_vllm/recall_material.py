@@ -164,6 +164,7 @@ def _reworded(draw: random.Random) -> tuple[list[str], str, str]:
 
 
 def five_digits(draw: random.Random) -> str:
+    """A number of five digits, the first not 0."""
     return str(draw.randint(10000, 99999))
 
 
