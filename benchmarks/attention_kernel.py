@@ -92,7 +92,8 @@ class Cell:
     def __init__(
         self, model: Model, dtype: torch.dtype, fusion: str, num_spans: int, span_len: int, device: str = "cuda"
     ) -> None:
-        from memlong_vllm.kernels.launcher import HeadShape, RetrievalKernel
+        from memlong_vllm.kernels.head_shape import HeadShape
+        from memlong_vllm.kernels.launcher import RetrievalKernel
 
         self.model, self.num_spans, self.span_len, self._device = model, num_spans, span_len, torch.device(device)
         heads = HeadShape(model.num_heads, model.num_kv_heads, model.head_dim, model.padded_dim, model.head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,16 @@ class FewTokens(NamedTuple):
     token_idx: np.ndarray
     sequence_of: np.ndarray
     positions: np.ndarray
+
+
+def few_tokens(sequences: Sequence[int], starts: Sequence[int], seq_lens: Sequence[int]) -> FewTokens | None:
+    """The tokens of some sequences of a batch; None if they are none. See :class:`WindowStep`."""
+    if not sequences:
+        return None
+    counts = np.diff(starts)
+    rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in sequences])
+    positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in sequences])
+    return FewTokens(rows, np.repeat(sequences, counts[list(sequences)]), positions)
 
 
 class QueryBlock(NamedTuple):
@@ -89,18 +100,10 @@ class WindowStep:
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
         counts = np.diff(starts)
         is_few = [few_tokens_cpu.suits(int(count), dtype) for count in counts]
-        self.few = self._few([i for i, few in enumerate(is_few) if few], counts, starts, seq_lens)
+        self.few = few_tokens([i for i, few in enumerate(is_few) if few], starts, seq_lens)
         self.many = [
             self._many(starts[i], starts[i + 1], seq_lens[i], block_table[i]) for i, few in enumerate(is_few) if not few
         ]
-
-    @staticmethod
-    def _few(sequences: list[int], counts: np.ndarray, starts: list[int], seq_lens: list[int]) -> FewTokens | None:
-        if not sequences:
-            return None
-        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in sequences])
-        positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in sequences])
-        return FewTokens(rows, np.repeat(sequences, counts[sequences]), positions)
 
     def _many(self, start: int, end: int, seq_len: int, blocks: torch.Tensor) -> ManyTokens:
         position = seq_len - (end - start)  # Of the token in row ``start``.
@@ -159,7 +162,7 @@ class CPUWindowImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         kv_cache_cpu.compile_store(self.head_size, torch.get_default_dtype())
-        few_tokens_cpu.compile_windows(self.head_size, torch.get_default_dtype())
+        few_tokens_cpu.compile_windows(self.num_heads, self.num_kv_heads, self.head_size, torch.get_default_dtype())
 
     def do_kv_cache_update(
         self,

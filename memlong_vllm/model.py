@@ -33,6 +33,7 @@ from memlong_vllm.config import (
     request_limits,
     resolve,
 )
+from memlong_vllm.kernels.head_shape import HeadShape
 from memlong_vllm.local_attention import choose_backend, window_backend
 from memlong_vllm.retrieval_attention import MemoryStore, RetrievalAttention
 from memlong_vllm.worker.adaptation import Adaptation
@@ -43,6 +44,7 @@ from memlong_vllm.worker.transfer import RankHeads
 
 if TYPE_CHECKING:
     from memlong_vllm.kernels.launcher import RetrievalKernel
+    from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
 
 logger = init_logger(__name__)
 
@@ -236,26 +238,39 @@ def make_kernel(vllm_config: VllmConfig, layer: RetrievalAttention, device: torc
 
     The kernel runs on GPUs, and for tests under Triton's interpreter (``TRITON_INTERPRET=1``).
     """
-    rotary = layer.rotary_emb
-    is_plain = type(rotary).forward_native is RotaryEmbedding.forward_native and rotary.is_neox_style
-    if not is_plain or (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
-        if device.type == "cpu":
-            _compile_for_cpu(layer, vllm_config.model_config.dtype)
+    if not _is_plain(layer.rotary_emb) or (device.type != "cuda" and not _is_interpreted()):
         return None
     # Only here: elsewhere there may be no Triton.
-    from memlong_vllm.kernels.launcher import HeadShape, RetrievalKernel
+    from memlong_vllm.kernels.launcher import RetrievalKernel
 
-    heads = HeadShape(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.padded_dim, rotary.rotary_dim)
     _, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
     top_k = request_limits(layer.config, deployment).top_k
-    return RetrievalKernel(heads, layer.config, top_k, vllm_config.model_config.dtype, device)
+    return RetrievalKernel(_head_shape(layer), layer.config, top_k, vllm_config.model_config.dtype, device)
 
 
-def _compile_for_cpu(layer: RetrievalAttention, dtype: torch.dtype) -> None:
+def make_rows_kernel(vllm_config: VllmConfig, layer: RetrievalAttention, device: torch.device) -> RowsKernel | None:
+    """What such layers attend with on a CPU to what lies in rows; None where that is PyTorch."""
+    if device.type != "cpu" or not _is_plain(layer.rotary_emb) or _is_interpreted():
+        return None
     # Only here: elsewhere there may be no Numba.
-    from memlong_vllm.kernels.few_tokens_cpu import compile_rows
+    from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
 
-    compile_rows(layer.head_dim, dtype)
+    dtype = vllm_config.model_config.dtype
+    return RowsKernel(_head_shape(layer), layer.config, dtype) if RowsKernel.suits(layer.config, dtype) else None
+
+
+def _is_plain(rotary: RotaryEmbedding) -> bool:
+    """Whether it rotates as kernels do."""
+    return type(rotary).forward_native is RotaryEmbedding.forward_native and rotary.is_neox_style
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _head_shape(layer: RetrievalAttention) -> HeadShape:
+    dims = layer.head_dim, layer.padded_dim, layer.rotary_emb.rotary_dim
+    return HeadShape(layer.num_heads, layer.num_kv_heads, *dims)
 
 
 def rank_heads(total_num_kv_heads: int, num_kv_heads: int) -> RankHeads:
@@ -279,12 +294,13 @@ class MemLongForCausalLM(LlamaForCausalLM):
         device = next(self.parameters()).device
         self.step_memory = make_step_memory(vllm_config, retrieval_layers, device)
         kernel = make_kernel(vllm_config, retrieval_layers[0], device)
+        rows_kernel = make_rows_kernel(vllm_config, retrieval_layers[0], device)
         self._is_loaded = False
         for module in self.modules():
             if isinstance(module, RetrievalAttention | MemoryStore):
                 module.step_memory = self.step_memory
             if isinstance(module, RetrievalAttention):
-                module.kernel = kernel
+                module.kernel, module.rows_kernel = kernel, rows_kernel
         sizes = {name: f"{size / 2**30:.2f} GiB" for name, size in self.step_memory.num_bytes().items()}
         logger.info("Memory: %d chunks a rank, %s", self.step_memory.bank.keys.shape[1], sizes)
 

@@ -4,9 +4,9 @@ Three operations are registered with PyTorch, so that compiled graphs call them 
 ``memlong_store`` (memory layer), ``memlong_scale_query`` (fusion ``scaled_logits`` only) and
 ``memlong_retrieve``. Each finds its layer by name in vLLM's forward context.
 
-On GPUs attention is one Triton kernel (:mod:`memlong_vllm.kernels`). On CPUs, and in a layer whose
-``kernel`` is set to None to compare the two, it is :mod:`memlong_vllm.memory_attention` or, where
-that is faster, one of the CPU's kernels.
+On GPUs attention is one Triton kernel (:mod:`memlong_vllm.kernels`). On CPUs decoding sequences, whose
+chunks lie in rows, have a kernel that is all the layer does; other spans, and all in a layer whose kernels
+are set to None to compare them, are :mod:`memlong_vllm.memory_attention` or PyTorch's flash attention.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from memlong_vllm.worker.step_metadata import StepMetadata
 
 if TYPE_CHECKING:
     from memlong_vllm.kernels.launcher import RetrievalKernel
+    from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
 
 # So many tokens of a span are attended at once, which bounds the scores that exist at a time; how
 # many spans there are at once is bounded by what the group's chunks are read into.
@@ -54,6 +55,7 @@ class RetrievalAttention(nn.Module):
         step_memory: the rank's; set when the model is complete.
         retrieval_idx: which of the retrieval layers this is, counted from 0.
         kernel: the rank's, set with ``step_memory``; None: attend with PyTorch.
+        rows_kernel: likewise for what lies in rows, on CPUs.
         local_impl: the implementation of local attention, whose ``lse`` the joint fusions read.
     """
 
@@ -79,6 +81,7 @@ class RetrievalAttention(nn.Module):
         self._rotate = rotary_emb.forward_cpu if is_kernel_used else rotary_emb.forward_native
         self.step_memory: StepMemory | None = None
         self.kernel: RetrievalKernel | None = None
+        self.rows_kernel: RowsKernel | None = None
         self.local_impl: Any = None
         self.memory_gate = self._head_parameter()
         if config.memory_bias:
@@ -128,8 +131,14 @@ class RetrievalAttention(nn.Module):
         if metadata is None:
             return
         assert self.step_memory is not None
+        groups = metadata.groups
+        if self.rows_kernel is not None and metadata.in_rows is not None:
+            stored = self.step_memory.rows(self.retrieval_idx)
+            local_lse = None if self.config.fusion == "gated" else self.local_impl.lse
+            self.rows_kernel.attend(query, output, metadata.in_rows, stored, *self._kernel_parameters(), local_lse)
+            groups = metadata.groups_of_slots
         rows = output.view(output.shape[0], self.num_heads, self.padded_dim)
-        for group in metadata.groups:
+        for group in groups:
             keys, values = self.step_memory.read(group.source, self.retrieval_idx)
             for first in range(0, group.token_idx.shape[1], _MAX_SPAN_TOKENS):
                 part = slice(first, first + _MAX_SPAN_TOKENS)
@@ -151,9 +160,14 @@ class RetrievalAttention(nn.Module):
         if self.config.fusion != "gated":
             no_lse = (1, self.num_heads)
             local_lse = query.new_empty(no_lse, dtype=torch.float32) if is_dummy_run else self.local_impl.lse
-        bias, cos_sin = self.memory_bias if self.config.memory_bias else None, self.rotary_emb.cos_sin_cache
+        parameters = self._kernel_parameters()
         for spans, stored in reads:
-            kernel.attend(query, output, spans, stored, cos_sin, self.memory_gate, bias, local_lse)
+            kernel.attend(query, output, spans, stored, *parameters, local_lse)
+
+    def _kernel_parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Cosines and sines, gate and bias, as kernels take them."""
+        bias = self.memory_bias if self.config.memory_bias else None
+        return self.rotary_emb.cos_sin_cache, self.memory_gate, bias
 
     def _retrieve(
         self,
@@ -209,10 +223,8 @@ def _attend_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if query.device.type != "cpu":
         return attend_with_lse(query, keys, values, scale, bias)
-    from memlong_vllm.kernels import few_tokens_cpu, flash_cpu
+    from memlong_vllm.kernels import flash_cpu
 
-    if few_tokens_cpu.suits(query.shape[1], keys.dtype):
-        return few_tokens_cpu.attend_rows(query, keys, values, scale, bias)
     return flash_cpu.attend_scaled(query, keys, values, scale, bias)
 
 

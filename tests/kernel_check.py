@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from memlong_vllm.config import MemoryConfig
-from memlong_vllm.kernels.launcher import HeadShape, RetrievalKernel
+from memlong_vllm.kernels.head_shape import HeadShape
+from memlong_vllm.kernels.launcher import RetrievalKernel
 from memlong_vllm.memory_attention import attend, attend_chunks, attend_with_lse, merge
 from memlong_vllm.plan import ReadSpan, SequencePlan, StepPlan
 from memlong_vllm.worker.adaptation import Adaptation

@@ -16,7 +16,8 @@ from triton.compiler import ASTSource
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.kernels import launcher
 from memlong_vllm.kernels.attention import retrieval_attention
-from memlong_vllm.kernels.launcher import HeadShape, RetrievalKernel
+from memlong_vllm.kernels.head_shape import HeadShape
+from memlong_vllm.kernels.launcher import RetrievalKernel
 from memlong_vllm.worker.step_buffers import Spans, Stored
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 
 from memlong_vllm.config import RetrieverConfig
+from memlong_vllm.kernels import few_tokens_cpu, vllm_blocks_cpu
+from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
 from memlong_vllm.retriever.embedder import FlagEmbedder, RetrieverLoadError
 from tests.checkpoints import MEMORY, SHAPE
 from tests.engines import Engine, Reference, assert_parity, logprobs_of
@@ -61,6 +64,36 @@ def test_zero_gates_are_the_sliding_window_backbone(
         (token_ids, measured), (wanted_ids, expected) = logprobs_of(output), logprobs_of(wanted)
         assert token_ids == wanted_ids
         torch.testing.assert_close(measured, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fusion", ["gated", "joint"])
+def test_decoding_on_a_cpu_uses_its_kernels(
+    start_engine: Any, checkpoints: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch, fusion: str
+) -> None:
+    """In every step but those of the prompt, and in every layer; that results are right is shown elsewhere."""
+    engine: Engine = start_engine(checkpoints.memlong(fusion=fusion))
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(RowsKernel, "attend")
+    count(few_tokens_cpu, "attend_windows")
+    count(vllm_blocks_cpu, "attend_vllm_blocks")
+    engine.generate([tokens[:200]], max_tokens=11)
+    num_layers, num_reading, steps = SHAPE["num_hidden_layers"], len(MEMORY["retrieval_layers"]), 10
+    assert calls["attend"] == steps * num_reading
+    ours = num_reading if fusion == "joint" else 0
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        ours = num_layers
+    assert calls["attend_windows"] == steps * ours
+    assert calls["attend_vllm_blocks"] == steps * (num_layers - ours)
 
 
 def test_memory_in_use_while_30k_tokens_run(start_engine: Any, checkpoints: Any, tokens: list[int]) -> None:

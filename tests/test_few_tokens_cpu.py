@@ -13,39 +13,11 @@ import pytest
 import torch
 
 from memlong_vllm.kernels import few_tokens_cpu, kv_cache_cpu
-from memlong_vllm.kernels.few_tokens_cpu import MAX_TOKENS, attend_rows, attend_windows, suits
+from memlong_vllm.kernels.few_tokens_cpu import MAX_TOKENS, attend_windows, suits
 from memlong_vllm.kernels.numba_threads import njit
 from memlong_vllm.memory_attention import attend_with_lse
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "dtype"),
-    [
-        (9, 3, 64, torch.float32),
-        (9, 3, 64, torch.bfloat16),
-        (4, 4, 100, torch.float32),
-        (4, 4, 100, torch.bfloat16),
-        (8, 2, 48, torch.float32),
-        (4, 1, 128, torch.bfloat16),
-        (2, 1, 256, torch.float32),
-    ],
-)
-@pytest.mark.parametrize(("spans", "tokens", "length"), [(1, 1, 16), (5, 1, 1000), (2, 3, 128)])
-def test_rows(spans: int, tokens: int, length: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(spans, tokens, heads, size, generator=generator).to(dtype)
-    # Rows of the working set are views into a larger tensor.
-    shape = (2, spans + 1, kv_heads, length + 7, size)
-    keys, values = torch.randn(shape, generator=generator).to(dtype)[:, 1:, :, :length]
-    scale, bias = torch.rand(2, heads, generator=generator)
-    scale *= 8 * size**-0.5
-    output, lse = attend_rows(query, keys, values, scale, bias)
-    wanted, wanted_lse = attend_with_lse(query.float(), keys.float(), values.float(), scale, bias)
-    assert output.dtype == dtype
-    torch.testing.assert_close(output.float(), wanted, atol=TOLERANCE[dtype], rtol=0)
-    torch.testing.assert_close(lse, wanted_lse, atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -79,16 +51,12 @@ def test_windows(window: int, dtype: torch.dtype) -> None:
 def test_nothing_is_compiled_after_the_start() -> None:
     """Whatever the shapes and layouts are: with a head size that no other test has."""
     size = 24
-    kernels = few_tokens_cpu._attend_rows, few_tokens_cpu._attend_windows, kv_cache_cpu._store
+    kernels = few_tokens_cpu._attend_windows, kv_cache_cpu._store
     before = [len(kernel.signatures) for kernel in kernels]
-    few_tokens_cpu.compile_rows(size, torch.float32)
-    few_tokens_cpu.compile_windows(size, torch.float32)
+    few_tokens_cpu.compile_windows(2, 2, size, torch.float32)
     kv_cache_cpu.compile_store(size, torch.float32)
     assert [len(kernel.signatures) for kernel in kernels] == [count + 1 for count in before]
     large = torch.zeros(3, 2, 40, 2 * size)
-    scale, bias = torch.ones(2, 2)
-    for stored in (large[:, :, :8, :size], large[:1, :, ::2, size:], large[..., :size].contiguous()):
-        attend_rows(torch.zeros(len(stored), 1, 2, size), stored, stored, scale, bias)
     attended = np.array([0]), np.array([1]), np.array([20])
     for table in (torch.zeros(2, 9, dtype=torch.int32), torch.zeros(2, 12, dtype=torch.int32)[:, :9]):
         query = large[:, :, 0, :size]
@@ -100,17 +68,18 @@ def test_nothing_is_compiled_after_the_start() -> None:
 
 def test_kernels_are_compiled_while_a_model_is_made() -> None:
     """PyTorch's default type is the model's then."""
-    size, rows = 20, torch.zeros(1, 1, 1, 20, dtype=torch.bfloat16)
-    torch.set_default_dtype(torch.bfloat16)
+    size, dtype = 20, torch.bfloat16
+    torch.set_default_dtype(dtype)
     try:
-        few_tokens_cpu.compile_rows(size, torch.bfloat16)
-        few_tokens_cpu.compile_windows(size, torch.bfloat16)
-        kv_cache_cpu.compile_store(size, torch.bfloat16)
+        few_tokens_cpu.compile_windows(1, 1, size, dtype)
+        kv_cache_cpu.compile_store(size, dtype)
     finally:
         torch.set_default_dtype(torch.float32)
-    num_compiled = len(few_tokens_cpu._attend_rows.signatures)
-    attend_rows(rows, rows, rows, torch.ones(1), torch.zeros(1))
-    assert len(few_tokens_cpu._attend_rows.signatures) == num_compiled
+    num_compiled = len(few_tokens_cpu._attend_windows.signatures)
+    first, table = np.zeros(1, np.int64), torch.zeros(1, 1, dtype=torch.int32)
+    query, cache = torch.zeros(1, 1, size, dtype=dtype), torch.zeros(1, 1, 8, 2 * size, dtype=dtype)
+    attend_windows(query, cache, table, first, first, first, 1, 1.0, torch.empty_like(query), torch.empty(1, 1))
+    assert len(few_tokens_cpu._attend_windows.signatures) == num_compiled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -137,7 +106,7 @@ def test_without_a_folder_for_its_cache_a_kernel_works_all_the_same(caplog: pyte
 
 def test_an_odd_head_is_refused() -> None:
     with pytest.raises(ValueError, match="even number of elements"):
-        few_tokens_cpu.compile_rows(7, torch.float32)
+        few_tokens_cpu.compile_windows(1, 1, 7, torch.float32)
 
 
 def test_what_suits() -> None:
@@ -156,9 +125,9 @@ import numba, torch
 torch.set_num_threads(1)
 """
 ATTEND = """
-from memlong_vllm.kernels.few_tokens_cpu import attend_rows
-rows = torch.ones(2, 1, 2, 8)
-attend_rows(rows, rows, rows, torch.ones(2), torch.zeros(2))
+import numpy as np
+from memlong_vllm.kernels.few_tokens_cpu import compile_windows
+compile_windows(1, 1, 8, torch.float32)
 import numba
 print(torch.get_num_threads(), numba.get_num_threads(), numba.threading_layer())
 """

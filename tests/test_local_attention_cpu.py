@@ -7,10 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from memlong_vllm.local_attention import window_backend
-from memlong_vllm.local_attention_cpu import _QUERY_BLOCK, CPUWindowBackend, CPUWindowImpl, WindowStep
+from memlong_vllm.local_attention_cpu import _QUERY_BLOCK, CPUWindowImpl, WindowStep
 from memlong_vllm.memory_attention import attend_with_lse
 
 HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 40, 16
@@ -61,13 +59,3 @@ def test_a_batch_of_all_kinds(window: int, dtype: torch.dtype) -> None:
             )  # fmt: skip
             torch.testing.assert_close(output[row].float(), wanted[0, 0], atol=TOLERANCE[dtype], rtol=0)
             torch.testing.assert_close(attention.lse[row], lse[0, 0], atol=TOLERANCE[dtype], rtol=1e-6)
-
-
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-def test_ours_serves_where_it_is_needed_or_faster(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert window_backend(CPUAttentionBackend, dtype, keeps_lse=True) is CPUWindowBackend
-        is_faster = dtype == torch.float32 and capability == "AVX2"
-        wanted = CPUWindowBackend if is_faster else CPUAttentionBackend
-        assert window_backend(CPUAttentionBackend, dtype, keeps_lse=False) is wanted

@@ -12,9 +12,9 @@ import triton
 
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.kernels.attention import retrieval_attention
+from memlong_vllm.kernels.head_shape import FUSIONS, HeadShape
 from memlong_vllm.worker.step_buffers import Spans, Stored
 
-_FUSIONS = ("gated", "joint", "scaled_logits")
 # A block of keys, and one of values, in bytes: two of each in flight fit a consumer card's shared memory.
 _BLOCK_BYTES = 16384
 # Programs a multiprocessor should have to be busy, and the least blocks that are worth a program.
@@ -22,25 +22,6 @@ _PROGRAMS_EACH = 4
 _MIN_SPLIT_BLOCKS = 2
 # Multiprocessors to imagine where there is no GPU: the interpreter, which then splits as well.
 _INTERPRETED_MULTIPROCESSORS = 2
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """This rank's heads: of ``padded_dim`` in rows of queries and outputs, ``head_dim`` in chunks.
-
-    ``rotary_dim``: dimensions that RoPE rotates, the first ones, as pairs (i, i + rotary_dim / 2).
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    padded_dim: int
-    rotary_dim: int
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key-value head."""
-        return self.num_heads // self.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -72,7 +53,7 @@ class RetrievalKernel:
     ) -> None:
         self.heads = heads
         self._chunk_size = memory.chunk_size
-        self._fusion = _FUSIONS.index(memory.fusion)
+        self._fusion = FUSIONS.index(memory.fusion)
         self._is_per_chunk = memory.fusion == "gated" and memory.memory_softmax == "chunk"
         block_group = triton.next_power_of_2(heads.group)
         self._block_dim = max(16, triton.next_power_of_2(heads.head_dim))

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(32)
 _WIDTHS = (16, 8, 4, 2)
+_MAX_SUMS = 24
 
 
 def shape_of(head_size: int) -> tuple[float, ...]:
@@ -30,6 +31,17 @@ def shape_of(head_size: int) -> tuple[float, ...]:
     if head_size % 2:
         raise ValueError(f"heads have an even number of elements, for RoPE; these have {head_size}")
     return (0.0,) * (head_size // 16) if head_size % 16 == 0 else (0,) * (head_size // 2)
+
+
+def heads_at_once(group: int, num_vectors: int) -> tuple[float, ...]:
+    """Of ``group`` heads that share keys and values, how many a kernel takes at once, as an argument that
+    kernels are compiled for.
+
+    Args:
+        num_vectors: sums that are kept of each; AVX-512 has registers for some thirty.
+    """
+    most = max(1, _MAX_SUMS // num_vectors)
+    return (0.0,) * max(number for number in range(1, group + 1) if group % number == 0 and number <= most)
 
 
 @intrinsic
@@ -60,39 +72,107 @@ def add_weighted(
     typing_context: Any,
     weights: Any,
     weights_at: Any,
+    weights_stride: Any,
     stored: Any,
     stored_at: Any,
     stride: Any,
     count: Any,
     output: Any,
     output_at: Any,
+    output_stride: Any,
     shape: Any,
+    heads: Any,
 ) -> Any:
-    """Add ``count`` heads, ``stride`` elements apart, times their weights, to a head of ``output``."""
+    """Add ``count`` heads, ``stride`` elements apart, times their weights, to some heads of ``output``,
+    each with weights of its own.
+
+    Args:
+        heads: as many floats as there are heads of ``output``.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        weight = _element(context, builder, kinds[0], *arguments[0:2])
-        head = _element(context, builder, kinds[2], *arguments[2:4])
-        target = _element(context, builder, kinds[6], *arguments[6:8])
-        sums = []
-        for first, width in _parts(shape):
-            sums.append(cgutils.alloca_once_value(builder, _load(builder, target, first, width)))
-        with cgutils.for_range(builder, arguments[5]) as loop:
-            factor = builder.load(builder.gep(weight, [loop.index]))
-            row = builder.gep(head, [builder.mul(loop.index, arguments[4])])
-            for (first, width), total in zip(_parts(shape), sums, strict=True):
-                product = builder.fmul(
-                    _repeat(builder, factor, width), _load(builder, row, first, width), flags=("fast",)
-                )
-                builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
-        for (first, width), total in zip(_parts(shape), sums, strict=True):
-            pointer = builder.bitcast(builder.gep(target, [_INDEX(first)]), ir.VectorType(_FLOAT, width).as_pointer())
-            builder.store(builder.load(total), pointer, align=4)
+        kinds, numbers = signature.args, range(len(heads))
+        first_weight = _element(context, builder, kinds[0], *arguments[0:2])
+        first_row = _element(context, builder, kinds[3], *arguments[3:5])
+        first_target = _element(context, builder, kinds[7], *arguments[7:9])
+        weights = [_apart(builder, first_weight, number, arguments[2]) for number in numbers]
+        targets = [_apart(builder, first_target, number, arguments[9]) for number in numbers]
+        parts = list(_parts(shape))
+        sums = [
+            [cgutils.alloca_once_value(builder, _load(builder, target, *part)) for part in parts] for target in targets
+        ]
+        with cgutils.for_range(builder, arguments[6]) as loop:
+            row = builder.gep(first_row, [builder.mul(loop.index, arguments[5])])
+            values = [_load(builder, row, *part) for part in parts]
+            for weight, totals in zip(weights, sums, strict=True):
+                factor = builder.load(builder.gep(weight, [loop.index]))
+                for (_, width), value, total in zip(parts, values, totals, strict=True):
+                    product = builder.fmul(_repeat(builder, factor, width), value, flags=("fast",))
+                    builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
+        for target, totals in zip(targets, sums, strict=True):
+            for (first, width), total in zip(parts, totals, strict=True):
+                place = builder.gep(target, [_INDEX(first)])
+                pointer = builder.bitcast(place, ir.VectorType(_FLOAT, width).as_pointer())
+                builder.store(builder.load(total), pointer, align=4)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, index, stored, index, index, index, output, index, shape), generate
+    kinds = weights, index, index, stored, index, index, index, output, index, index, shape, heads
+    return types.void(*kinds), generate
+
+
+@intrinsic
+def score_columns(
+    typing_context: Any,
+    query: Any,
+    query_at: Any,
+    query_stride: Any,
+    size: Any,
+    stored: Any,
+    stored_at: Any,
+    stride: Any,
+    scores: Any,
+    scores_at: Any,
+    scores_stride: Any,
+    heads: Any,
+    columns: Any,
+) -> Any:
+    """Products of some query heads and of keys that are columns: a key's elements lie ``stride`` apart,
+    and the first elements of all keys are adjacent.
+
+    Args:
+        size: elements of a head.
+        scores: float32, overwritten, those of a head ``scores_stride`` after those of the one before.
+        heads: as many floats as there are query heads, which lie ``query_stride`` apart.
+        columns: as many floats as there are vectors of 16 keys.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds, vector, firsts = signature.args, ir.VectorType(_FLOAT, 16), range(0, 16 * len(columns), 16)
+        first_query = _element(context, builder, kinds[0], *arguments[0:2])
+        column = _element(context, builder, kinds[4], *arguments[4:6])
+        first_score = _element(context, builder, kinds[7], *arguments[7:9])
+        zero = ir.Constant(vector, [0.0] * 16)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in firsts] for _ in range(len(heads))]
+        queries = [_apart(builder, first_query, number, arguments[2]) for number in range(len(heads))]
+        with cgutils.for_range(builder, arguments[3]) as loop:
+            row = builder.gep(column, [builder.mul(loop.index, arguments[6])])
+            keys = [_load(builder, row, first, 16) for first in firsts]
+            for head, totals in zip(queries, sums, strict=True):
+                factor = _repeat(builder, _load_one(builder, builder.gep(head, [loop.index])), 16)
+                for key, total in zip(keys, totals, strict=True):
+                    product = builder.fmul(factor, key, flags=("fast",))
+                    builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
+        for number, totals in enumerate(sums):
+            target = _apart(builder, first_score, number, arguments[9])
+            for first, total in zip(firsts, totals, strict=True):
+                pointer = builder.bitcast(builder.gep(target, [_INDEX(first)]), vector.as_pointer())
+                builder.store(builder.load(total), pointer, align=4)
+        return context.get_dummy_value()
+
+    index = types.int64
+    kinds = query, index, index, index, stored, index, index, scores, index, index, heads, columns
+    return types.void(*kinds), generate
 
 
 @intrinsic
@@ -110,6 +190,33 @@ def copy(typing_context: Any, stored: Any, stored_at: Any, target: Any, target_a
         return context.get_dummy_value()
 
     return types.void(stored, types.int64, stored, types.int64, shape), generate
+
+
+@intrinsic
+def get(typing_context: Any, array: Any, at: Any) -> Any:
+    """An element as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _load_one(builder, _element(context, builder, signature.args[0], *arguments))
+
+    return types.float32(array, types.int64), generate
+
+
+@intrinsic
+def put(typing_context: Any, array: Any, at: Any, number: Any) -> Any:
+    """Overwrite an element; to bfloat16 the number is rounded, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = _element(context, builder, signature.args[0], *arguments[:2]), arguments[2]
+        if isinstance(pointer.type.pointee, ir.IntType):
+            bits, half = builder.bitcast(number, ir.IntType(32)), ir.IntType(32)(0x7FFF)
+            last = builder.and_(builder.lshr(bits, ir.IntType(32)(16)), ir.IntType(32)(1))
+            rounded = builder.lshr(builder.add(bits, builder.add(half, last)), ir.IntType(32)(16))
+            number = builder.trunc(rounded, ir.IntType(16))
+        builder.store(number, pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.float32), generate
 
 
 @intrinsic
@@ -135,6 +242,20 @@ def _parts(shape: Any) -> Iterator[tuple[int, int]]:
 def _element(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
     """Pointer to an element of an array."""
     return builder.gep(context.make_array(kind)(context, builder, array).data, [at])
+
+
+def _apart(builder: Any, pointer: Any, number: int, stride: Any) -> Any:
+    """The pointer to an element ``number`` strides further."""
+    return builder.gep(pointer, [builder.mul(ir.IntType(64)(number), stride)])
+
+
+def _load_one(builder: Any, pointer: Any) -> Any:
+    """An element as float32."""
+    loaded = builder.load(pointer)
+    if not isinstance(loaded.type, ir.IntType):
+        return loaded
+    bits = ir.IntType(32)
+    return builder.bitcast(builder.shl(builder.zext(loaded, bits), bits(16)), _FLOAT)
 
 
 def _load(builder: Any, pointer: Any, first: int, width: int) -> Any:

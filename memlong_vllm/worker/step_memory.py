@@ -128,6 +128,11 @@ class StepMemory:
             self.adaptation.adapt(keys, values, layer)
         return keys, values
 
+    def rows(self, layer: int) -> Stored:
+        """The rows that this step reads, as a layer reads them, counting retrieval layers."""
+        self._complete()
+        return self.working_set.stored(layer)
+
     def _complete(self) -> None:
         """See to it that rows and adapted chunks are there. What the step writes is in the bank by now:
         no layer reads before the memory layer."""

@@ -80,6 +80,11 @@ class StepMetadata:
     in_bank: Spans | None
     in_rows: Spans | None
 
+    @property
+    def groups_of_slots(self) -> tuple[ReadGroup, ...]:
+        """Those whose chunks do not lie in rows."""
+        return tuple(group for group in self.groups if not isinstance(group.source, RowSource))
+
 
 @dataclass(frozen=True)
 class _Member:
@@ -145,7 +150,10 @@ def build_step_metadata(
     held: dict[int, dict[int, _Member]] = defaultdict(dict)
     for sequence in plan.sequences:
         first, last = places[sequence.request_id]
-        token_places[first:last] = _token_places(sequence, chunk_size)
+        if last - first == 1:  # Of a decoding sequence, of which a step can have very many.
+            token_places[first] = sequence.write_slots[0] * chunk_size + sequence.start % chunk_size
+        else:
+            token_places[first:last] = _token_places(sequence, chunk_size)
         for span in sequence.reads:
             member = _Member(first - sequence.start, span)
             if sequence.request_id in rows:

@@ -1,0 +1,119 @@
+"""Attention of a few query tokens over blocks of vLLM's own CPU cache, where keys are columns.
+
+vLLM's kernel for vectors ("vec") keeps of each block and key-value head first the keys, element by
+element ([d, block_size]), and then the values, token by token ([block_size, d]).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
+from memlong_vllm.kernels.online_softmax_cpu import PART, absorb, begin, end
+from memlong_vllm.kernels.vectors_cpu import heads_at_once, put, score_columns, shape_of
+
+BLOCK_MULTIPLE = 32
+"""Blocks have a multiple of so many tokens."""
+
+_VECTOR = 16
+
+
+def attend_vllm_blocks(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    token_idx: np.ndarray,
+    sequence_of: np.ndarray,
+    positions: np.ndarray,
+    window: int,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """Causal attention of some tokens of a batch over a sliding window in vLLM's blocks.
+
+    Args:
+        query: [T, H, d], rotated, in float32 or the dtype of ``kv_cache``.
+        kv_cache: [num_blocks, R, block_size, 2·d] as vLLM allocates it.
+        block_table, token_idx, sequence_of, positions, window: as in
+            :func:`memlong_vllm.kernels.few_tokens_cpu.attend_windows`.
+        output: [T, H, d], float32 or bfloat16; rows ``token_idx`` are written.
+    """
+    use_threads()
+    _, num_kv_heads, block_size, _ = kv_cache.shape
+    heads, size = query.shape[1:]
+    group = heads // num_kv_heads
+    arrays = [part for tensor in (query, output, kv_cache, block_table) for part in flat(tensor)]
+    sizes = group, num_kv_heads, block_size, size, window, np.float32(scale)
+    columns = _columns(block_size)
+    together = heads_at_once(group, max(columns, -(-size // _VECTOR)))
+    _attend(*arrays, token_idx, sequence_of, positions, *sizes, shape_of(size), together, (0.0,) * columns)
+
+
+def compile_vllm_blocks(heads: int, num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype) -> None:
+    """Have what :func:`attend_vllm_blocks` calls compiled now, or read from Numba's cache of earlier runs."""
+    query = torch.zeros(1, heads, head_size, dtype=dtype)
+    cache = torch.zeros(1, num_kv_heads, block_size, 2 * head_size, dtype=dtype)
+    first, table = np.zeros(1, np.int64), torch.zeros(1, 1, dtype=torch.int32)
+    attend_vllm_blocks(query, cache, table, first, first, first, 1, 1.0, torch.empty_like(query))
+
+
+def _columns(block_size: int) -> int:
+    """Vectors of keys that are scored at once: whole rows of columns, so that what is read lies together."""
+    return next(number for number in (8, 4, 2) if block_size % (number * _VECTOR) == 0)
+
+
+@njit(parallel=True, fastmath=True)
+def _attend(
+    query,
+    query_strides,
+    output,
+    output_strides,
+    kv_cache,
+    cache_strides,
+    block_table,
+    table_strides,
+    token_idx,
+    sequence_of,
+    positions,
+    group,
+    num_kv_heads,
+    block_size,
+    size,
+    window,
+    scale,
+    shape,
+    together,
+    columns,
+):
+    at_once = _VECTOR * len(columns)
+    for item in prange(len(token_idx) * num_kv_heads):
+        row, kv_head = item // num_kv_heads, item % num_kv_heads
+        query_at = token_idx[row] * query_strides[0] + kv_head * group * query_strides[1]
+        state, scales = begin(group, size), np.full(group, scale)
+        stop = positions[row] + 1
+        first = max(0, stop - window) if window > 0 else 0
+        while first < stop:
+            offset = first % block_size
+            block = np.int64(block_table[sequence_of[row] * table_strides[0] + first // block_size])
+            block_at = block * cache_strides[0] + kv_head * cache_strides[1]
+            # Scored are all columns that are together with those in the window; the others do not count.
+            aligned = offset // at_once * at_once
+            skipped = offset - aligned
+            count = min(PART, block_size - aligned, stop - first + skipped)
+            for column in range(0, count, at_once):
+                for head in range(0, group, len(together)):
+                    score_columns(
+                        query, query_at + head * query_strides[1], query_strides[1], size,
+                        kv_cache, block_at + aligned + column, block_size,
+                        state[0], head * PART + column, PART, together, columns,
+                    )  # fmt: skip
+            value_at = block_at + (block_size + aligned) * size
+            absorb(kv_cache, value_at, size, skipped, count, scales, state, shape, together)
+            first += count - skipped
+        attended = np.empty((group, size), np.float32)
+        end(state, scales, attended, np.empty(group, np.float32))
+        target = token_idx[row] * output_strides[0] + kv_head * group * output_strides[1]
+        for j in range(group):
+            for e in range(size):
+                put(output, target + j * output_strides[1] + e, attended[j, e])
