@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from memlong_vllm.kernels.exponentials_cpu import PART
 from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
-from memlong_vllm.kernels.online_softmax_cpu import PART, absorb, begin, end
+from memlong_vllm.kernels.online_softmax_cpu import absorb, begin, end
 from memlong_vllm.kernels.vectors_cpu import dot, heads_at_once, shape_of
 
 MAX_TOKENS = 4
@@ -105,7 +106,7 @@ def _attend_windows(
         row, kv_head = item // num_kv_heads, item % num_kv_heads
         token, heads = token_idx[row], slice(kv_head * group, (kv_head + 1) * group)
         query_at = token * query_strides[0] + heads.start * query_strides[1]
-        state = begin(group, output.shape[2])
+        state, scores = begin(group, output.shape[2]), np.empty((group, PART), np.float32)
         stop = positions[row] + 1
         first = max(0, stop - window) if window > 0 else 0
         while first < stop:
@@ -116,7 +117,8 @@ def _attend_windows(
             for p in range(count):
                 for j in range(group):
                     query_of_head = query_at + j * query_strides[1]
-                    state[0][j, p] = dot(query, query_of_head, kv_cache, key_at + p * cache_strides[2], shape)
-            absorb(kv_cache, key_at + output.shape[2], cache_strides[2], 0, count, scales, state, shape, together)
+                    scores[j, p] = dot(query, query_of_head, kv_cache, key_at + p * cache_strides[2], shape)
+            value_at = key_at + output.shape[2]
+            absorb(kv_cache, value_at, cache_strides[2], scores, 0, count, scales, state, shape, together)
             first += count
         end(state, scales, output[token, heads], lse[token, heads])

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from memlong_vllm.config import MemoryConfig
+from memlong_vllm.kernels.exponentials_cpu import PART
 from memlong_vllm.kernels.head_shape import FUSIONS, HeadShape
 from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
-from memlong_vllm.kernels.online_softmax_cpu import PART, absorb, begin, end
+from memlong_vllm.kernels.online_softmax_cpu import absorb, begin, end
 from memlong_vllm.kernels.vectors_cpu import dot, get, heads_at_once, put, shape_of
 from memlong_vllm.worker.step_buffers import FIRST_ENTRY, NUM_CHUNKS, NUM_COLUMNS, NUM_TOKENS, ROW, Spans, Stored
 
@@ -139,13 +140,14 @@ def _read(rotated, stored, length, scales, memory, lse, shape, together):
     """Attention of the query heads of a key-value head to all that is stored of it."""
     keys, key_at, key_stride, values, value_at, value_stride = stored
     group, size = rotated.shape
-    state = begin(group, size)
+    state, scores = begin(group, size), np.empty((group, PART), np.float32)
     for start in range(0, length, PART):
         count = min(PART, length - start)
         for p in range(count):
             for j in range(group):
-                state[0][j, p] = dot(rotated, j * size, keys, key_at + (start + p) * key_stride, shape)
-        absorb(values, value_at + start * value_stride, value_stride, 0, count, scales, state, shape, together)
+                scores[j, p] = dot(rotated, j * size, keys, key_at + (start + p) * key_stride, shape)
+        at = value_at + start * value_stride
+        absorb(values, at, value_stride, scores, 0, count, scales, state, shape, together)
     end(state, scales, memory, lse)
 
 

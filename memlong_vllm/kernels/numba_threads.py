@@ -1,4 +1,5 @@
-"""Numba with PyTorch's tensors and as many threads as PyTorch has. To be imported before Numba is."""
+"""Numba with PyTorch's tensors and as many threads as PyTorch has. What kernels need of it is taken from here,
+where its threads are counted before it is imported."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ os.environ.setdefault(
 )
 
 import numba
-from numba import prange
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-__all__ = ["flat", "njit", "prange", "use_threads"]
+__all__ = ["cgutils", "flat", "intrinsic", "njit", "prange", "types", "use_threads"]
 
 logger = logging.getLogger(__name__)
 

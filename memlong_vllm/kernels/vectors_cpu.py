@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+
+from memlong_vllm.kernels.numba_threads import cgutils, intrinsic, types
 
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(32)
 _WIDTHS = (16, 8, 4, 2)
@@ -50,8 +49,8 @@ def dot(typing_context: Any, query: Any, query_at: Any, stored: Any, stored_at: 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
-        row = _element(context, builder, kinds[0], *arguments[0:2])
-        other = _element(context, builder, kinds[2], *arguments[2:4])
+        row = element(context, builder, kinds[0], *arguments[0:2])
+        other = element(context, builder, kinds[2], *arguments[2:4])
         sums: dict[int, Any] = {}
         for first, width in _parts(shape):
             factors = _load(builder, row, first, width), _load(builder, other, first, width)
@@ -92,9 +91,9 @@ def add_weighted(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds, numbers = signature.args, range(len(heads))
-        first_weight = _element(context, builder, kinds[0], *arguments[0:2])
-        first_row = _element(context, builder, kinds[3], *arguments[3:5])
-        first_target = _element(context, builder, kinds[7], *arguments[7:9])
+        first_weight = element(context, builder, kinds[0], *arguments[0:2])
+        first_row = element(context, builder, kinds[3], *arguments[3:5])
+        first_target = element(context, builder, kinds[7], *arguments[7:9])
         weights = [_apart(builder, first_weight, number, arguments[2]) for number in numbers]
         targets = [_apart(builder, first_target, number, arguments[9]) for number in numbers]
         parts = list(_parts(shape))
@@ -107,7 +106,7 @@ def add_weighted(
             for weight, totals in zip(weights, sums, strict=True):
                 factor = builder.load(builder.gep(weight, [loop.index]))
                 for (_, width), value, total in zip(parts, values, totals, strict=True):
-                    product = builder.fmul(_repeat(builder, factor, width), value, flags=("fast",))
+                    product = builder.fmul(repeated(builder, factor, width), value, flags=("fast",))
                     builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
         for target, totals in zip(targets, sums, strict=True):
             for (first, width), total in zip(parts, totals, strict=True):
@@ -149,9 +148,9 @@ def score_columns(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds, vector, firsts = signature.args, ir.VectorType(_FLOAT, 16), range(0, 16 * len(columns), 16)
-        first_query = _element(context, builder, kinds[0], *arguments[0:2])
-        column = _element(context, builder, kinds[4], *arguments[4:6])
-        first_score = _element(context, builder, kinds[7], *arguments[7:9])
+        first_query = element(context, builder, kinds[0], *arguments[0:2])
+        column = element(context, builder, kinds[4], *arguments[4:6])
+        first_score = element(context, builder, kinds[7], *arguments[7:9])
         zero = ir.Constant(vector, [0.0] * 16)
         sums = [[cgutils.alloca_once_value(builder, zero) for _ in firsts] for _ in range(len(heads))]
         queries = [_apart(builder, first_query, number, arguments[2]) for number in range(len(heads))]
@@ -159,7 +158,7 @@ def score_columns(
             row = builder.gep(column, [builder.mul(loop.index, arguments[6])])
             keys = [_load(builder, row, first, 16) for first in firsts]
             for head, totals in zip(queries, sums, strict=True):
-                factor = _repeat(builder, _load_one(builder, builder.gep(head, [loop.index])), 16)
+                factor = repeated(builder, _load_one(builder, builder.gep(head, [loop.index])), 16)
                 for key, total in zip(keys, totals, strict=True):
                     product = builder.fmul(factor, key, flags=("fast",))
                     builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
@@ -181,8 +180,8 @@ def copy(typing_context: Any, stored: Any, stored_at: Any, target: Any, target_a
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
-        source = _element(context, builder, kinds[0], *arguments[0:2])
-        place = _element(context, builder, kinds[2], *arguments[2:4])
+        source = element(context, builder, kinds[0], *arguments[0:2])
+        place = element(context, builder, kinds[2], *arguments[2:4])
         for first, width in _parts(shape):
             vector, align = ir.VectorType(source.type.pointee, width), kinds[0].dtype.bitwidth // 8
             pointers = [builder.bitcast(builder.gep(p, [_INDEX(first)]), vector.as_pointer()) for p in (source, place)]
@@ -197,7 +196,7 @@ def get(typing_context: Any, array: Any, at: Any) -> Any:
     """An element as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _load_one(builder, _element(context, builder, signature.args[0], *arguments))
+        return _load_one(builder, element(context, builder, signature.args[0], *arguments))
 
     return types.float32(array, types.int64), generate
 
@@ -207,7 +206,7 @@ def put(typing_context: Any, array: Any, at: Any, number: Any) -> Any:
     """Overwrite an element; to bfloat16 the number is rounded, ties to even."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = _element(context, builder, signature.args[0], *arguments[:2]), arguments[2]
+        pointer, number = element(context, builder, signature.args[0], *arguments[:2]), arguments[2]
         if isinstance(pointer.type.pointee, ir.IntType):
             bits, half = builder.bitcast(number, ir.IntType(32)), ir.IntType(32)(0x7FFF)
             last = builder.and_(builder.lshr(bits, ir.IntType(32)(16)), ir.IntType(32)(1))
@@ -219,17 +218,6 @@ def put(typing_context: Any, array: Any, at: Any, number: Any) -> Any:
     return types.void(array, types.int64, types.float32), generate
 
 
-@intrinsic
-def power_of_two(typing_context: Any, exponent: Any) -> Any:
-    """2 to the power of an int32 from -126 to 127."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.shl(builder.add(arguments[0], ir.IntType(32)(127)), ir.IntType(32)(23))
-        return builder.bitcast(bits, _FLOAT)
-
-    return types.float32(types.int32), generate
-
-
 def _parts(shape: Any) -> Iterator[tuple[int, int]]:
     """First element and width of the vectors that make up a head."""
     first, size = 0, len(shape) * (16 if isinstance(shape.dtype, types.Float) else 2)
@@ -239,7 +227,7 @@ def _parts(shape: Any) -> Iterator[tuple[int, int]]:
         first += width
 
 
-def _element(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+def element(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
     """Pointer to an element of an array."""
     return builder.gep(context.make_array(kind)(context, builder, array).data, [at])
 
@@ -271,7 +259,7 @@ def _load(builder: Any, pointer: Any, first: int, width: int) -> Any:
     return builder.bitcast(shifted, ir.VectorType(_FLOAT, width))
 
 
-def _repeat(builder: Any, number: Any, width: int) -> Any:
+def repeated(builder: Any, number: Any, width: int) -> Any:
     anything = ir.Constant(ir.VectorType(number.type, width), ir.Undefined)
     first = builder.insert_element(anything, number, _INDEX(0))
     return builder.shuffle_vector(first, anything, ir.Constant(ir.VectorType(_INDEX, width), [0] * width))

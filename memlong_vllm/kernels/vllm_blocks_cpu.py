@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from memlong_vllm.kernels.exponentials_cpu import PART
 from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
-from memlong_vllm.kernels.online_softmax_cpu import PART, absorb, begin, end
+from memlong_vllm.kernels.online_softmax_cpu import absorb, begin, end
 from memlong_vllm.kernels.vectors_cpu import heads_at_once, put, score_columns, shape_of
 
 BLOCK_MULTIPLE = 32
@@ -90,7 +91,7 @@ def _attend(
     for item in prange(len(token_idx) * num_kv_heads):
         row, kv_head = item // num_kv_heads, item % num_kv_heads
         query_at = token_idx[row] * query_strides[0] + kv_head * group * query_strides[1]
-        state, scales = begin(group, size), np.full(group, scale)
+        state, scales, scores = begin(group, size), np.full(group, scale), np.empty((group, PART), np.float32)
         stop = positions[row] + 1
         first = max(0, stop - window) if window > 0 else 0
         while first < stop:
@@ -106,10 +107,10 @@ def _attend(
                     score_columns(
                         query, query_at + head * query_strides[1], query_strides[1], size,
                         kv_cache, block_at + aligned + column, block_size,
-                        state[0], head * PART + column, PART, together, columns,
+                        scores, head * PART + column, PART, together, columns,
                     )  # fmt: skip
             value_at = block_at + (block_size + aligned) * size
-            absorb(kv_cache, value_at, size, skipped, count, scales, state, shape, together)
+            absorb(kv_cache, value_at, size, scores, skipped, count, scales, state, shape, together)
             first += count - skipped
         attended = np.empty((group, size), np.float32)
         end(state, scales, attended, np.empty(group, np.float32))
