@@ -15,7 +15,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from memlong_vllm.kernels import few_tokens_cpu, flash_cpu, kv_cache_cpu
+from memlong_vllm.kernels import few_tokens_cpu, flash_cpu, kv_cache_cpu, many_tokens_cpu, query_tiles_cpu
+from memlong_vllm.kernels.many_tokens_cpu import QueryTiles
 
 # Query tokens attended at a time. Each reads the window of all: many at once waste scores.
 _QUERY_BLOCK = 256
@@ -42,6 +43,16 @@ def few_tokens(sequences: Sequence[int], starts: Sequence[int], seq_lens: Sequen
     rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in sequences])
     positions = np.concatenate([np.arange(seq_lens[i] - counts[i], seq_lens[i]) for i in sequences])
     return FewTokens(rows, np.repeat(sequences, counts[list(sequences)]), positions)
+
+
+def query_tiles(sequences: Sequence[int], starts: Sequence[int], seq_lens: Sequence[int]) -> QueryTiles:
+    """The tokens of some sequences of a batch, cut. See :class:`WindowStep`."""
+    parts = []
+    for i in sequences:
+        first = np.arange(starts[i], starts[i + 1], query_tiles_cpu.TILE_TOKENS)
+        counts = np.minimum(query_tiles_cpu.TILE_TOKENS, starts[i + 1] - first)
+        parts.append((first, counts, np.full(len(first), i), first + (seq_lens[i] - starts[i + 1])))
+    return QueryTiles(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 class QueryBlock(NamedTuple):
@@ -82,7 +93,7 @@ class WindowStep:
 
     Attributes:
         few: the tokens of sequences with few of them, if there are any.
-        many: all others, by sequence.
+        tiles: all others, if there is a kernel for them; else ``many``: these by sequence.
         window, block_table: as given.
     """
 
@@ -101,9 +112,13 @@ class WindowStep:
         counts = np.diff(starts)
         is_few = [few_tokens_cpu.suits(int(count), dtype) for count in counts]
         self.few = few_tokens([i for i, few in enumerate(is_few) if few], starts, seq_lens)
-        self.many = [
-            self._many(starts[i], starts[i + 1], seq_lens[i], block_table[i]) for i, few in enumerate(is_few) if not few
-        ]
+        many = [i for i, few in enumerate(is_few) if not few]
+        self.tiles: QueryTiles | None = None
+        self.many: list[ManyTokens] = []
+        if many and query_tiles_cpu.suits(dtype):
+            self.tiles = query_tiles(many, starts, seq_lens)
+        else:
+            self.many = [self._many(starts[i], starts[i + 1], seq_lens[i], block_table[i]) for i in many]
 
     def _many(self, start: int, end: int, seq_len: int, blocks: torch.Tensor) -> ManyTokens:
         position = seq_len - (end - start)  # Of the token in row ``start``.
@@ -162,7 +177,10 @@ class CPUWindowImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         kv_cache_cpu.compile_store(self.head_size, torch.get_default_dtype())
-        few_tokens_cpu.compile_windows(self.num_heads, self.num_kv_heads, self.head_size, torch.get_default_dtype())
+        heads = self.num_heads, self.num_kv_heads, self.head_size, torch.get_default_dtype()
+        few_tokens_cpu.compile_windows(*heads)
+        if query_tiles_cpu.suits(torch.get_default_dtype()):
+            many_tokens_cpu.compile_windows(*heads)
 
     def do_kv_cache_update(
         self,
@@ -194,6 +212,9 @@ class CPUWindowImpl(CPUAttentionBackendImpl):
             token_idx, sequence_of, positions = step.few
             places = step.block_table, token_idx, sequence_of, positions, step.window
             few_tokens_cpu.attend_windows(query, kv_cache, *places, self.scale, output, self.lse)
+        if step.tiles is not None:
+            cache = kv_cache, step.block_table
+            many_tokens_cpu.attend_windows(query, *cache, step.tiles, step.window, self.scale, output, self.lse)
         for many in step.many:
             cached = torch.cat([kv_cache[idx] for idx in many.blocks], dim=1)[None]
             for rows, seen, mask in many.queries:

@@ -44,7 +44,7 @@ from memlong_vllm.worker.transfer import RankHeads
 
 if TYPE_CHECKING:
     from memlong_vllm.kernels.launcher import RetrievalKernel
-    from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
+    from memlong_vllm.kernels.retrieval_cpu import CPURetrievalKernel
 
 logger = init_logger(__name__)
 
@@ -233,44 +233,30 @@ def make_step_memory(vllm_config: VllmConfig, layers: Sequence[RetrievalAttentio
     )
 
 
-def make_kernel(vllm_config: VllmConfig, layer: RetrievalAttention, device: torch.device) -> RetrievalKernel | None:
+def make_kernel(
+    vllm_config: VllmConfig, layer: RetrievalAttention, device: torch.device
+) -> RetrievalKernel | CPURetrievalKernel | None:
     """What retrieval layers like ``layer`` attend with; None where that is PyTorch.
 
-    The kernel runs on GPUs, and for tests under Triton's interpreter (``TRITON_INTERPRET=1``).
+    Triton's kernel runs on GPUs, and for tests under its interpreter (``TRITON_INTERPRET=1``).
     """
-    if not _is_plain(layer.rotary_emb) or (device.type != "cuda" and not _is_interpreted()):
+    rotary, dtype = layer.rotary_emb, vllm_config.model_config.dtype
+    if type(rotary).forward_native is not RotaryEmbedding.forward_native or not rotary.is_neox_style:
         return None
-    # Only here: elsewhere there may be no Triton.
-    from memlong_vllm.kernels.launcher import RetrievalKernel
+    dims = layer.head_dim, layer.padded_dim, rotary.rotary_dim
+    heads = HeadShape(layer.num_heads, layer.num_kv_heads, *dims)
+    # Only where they are used: there may be no Triton, or no Numba.
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        from memlong_vllm.kernels.launcher import RetrievalKernel
 
-    _, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
-    top_k = request_limits(layer.config, deployment).top_k
-    return RetrievalKernel(_head_shape(layer), layer.config, top_k, vllm_config.model_config.dtype, device)
+        _, deployment = resolve(vllm_config.model_config.hf_config, vllm_config.additional_config)
+        return RetrievalKernel(heads, layer.config, request_limits(layer.config, deployment).top_k, dtype, device)
+    if device.type == "cpu":
+        from memlong_vllm.kernels.retrieval_cpu import CPURetrievalKernel
 
-
-def make_rows_kernel(vllm_config: VllmConfig, layer: RetrievalAttention, device: torch.device) -> RowsKernel | None:
-    """What such layers attend with on a CPU to what lies in rows; None where that is PyTorch."""
-    if device.type != "cpu" or not _is_plain(layer.rotary_emb) or _is_interpreted():
-        return None
-    # Only here: elsewhere there may be no Numba.
-    from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
-
-    dtype = vllm_config.model_config.dtype
-    return RowsKernel(_head_shape(layer), layer.config, dtype) if RowsKernel.suits(layer.config, dtype) else None
-
-
-def _is_plain(rotary: RotaryEmbedding) -> bool:
-    """Whether it rotates as kernels do."""
-    return type(rotary).forward_native is RotaryEmbedding.forward_native and rotary.is_neox_style
-
-
-def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _head_shape(layer: RetrievalAttention) -> HeadShape:
-    dims = layer.head_dim, layer.padded_dim, layer.rotary_emb.rotary_dim
-    return HeadShape(layer.num_heads, layer.num_kv_heads, *dims)
+        if CPURetrievalKernel.suits(layer.config, dtype):
+            return CPURetrievalKernel(heads, layer.config, dtype)
+    return None
 
 
 def rank_heads(total_num_kv_heads: int, num_kv_heads: int) -> RankHeads:
@@ -294,13 +280,12 @@ class MemLongForCausalLM(LlamaForCausalLM):
         device = next(self.parameters()).device
         self.step_memory = make_step_memory(vllm_config, retrieval_layers, device)
         kernel = make_kernel(vllm_config, retrieval_layers[0], device)
-        rows_kernel = make_rows_kernel(vllm_config, retrieval_layers[0], device)
         self._is_loaded = False
         for module in self.modules():
             if isinstance(module, RetrievalAttention | MemoryStore):
                 module.step_memory = self.step_memory
             if isinstance(module, RetrievalAttention):
-                module.kernel, module.rows_kernel = kernel, rows_kernel
+                module.kernel = kernel
         sizes = {name: f"{size / 2**30:.2f} GiB" for name, size in self.step_memory.num_bytes().items()}
         logger.info("Memory: %d chunks a rank, %s", self.step_memory.bank.keys.shape[1], sizes)
 

@@ -4,9 +4,9 @@ Three operations are registered with PyTorch, so that compiled graphs call them 
 ``memlong_store`` (memory layer), ``memlong_scale_query`` (fusion ``scaled_logits`` only) and
 ``memlong_retrieve``. Each finds its layer by name in vLLM's forward context.
 
-On GPUs attention is one Triton kernel (:mod:`memlong_vllm.kernels`). On CPUs decoding sequences, whose
-chunks lie in rows, have a kernel that is all the layer does; other spans, and all in a layer whose kernels
-are set to None to compare them, are :mod:`memlong_vllm.memory_attention` or PyTorch's flash attention.
+On GPUs all that the layer does is one Triton kernel (:mod:`memlong_vllm.kernels`), and so it is on CPUs
+with AVX-512; on others only for decoding sequences. What no kernel does, and everything in a layer whose
+``kernel`` is set to None to compare the two, is :mod:`memlong_vllm.memory_attention` or PyTorch's flash attention.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from memlong_vllm.worker.step_metadata import StepMetadata
 
 if TYPE_CHECKING:
     from memlong_vllm.kernels.launcher import RetrievalKernel
-    from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
+    from memlong_vllm.kernels.retrieval_cpu import CPURetrievalKernel
 
 # So many tokens of a span are attended at once, which bounds the scores that exist at a time; how
 # many spans there are at once is bounded by what the group's chunks are read into.
@@ -55,7 +55,6 @@ class RetrievalAttention(nn.Module):
         step_memory: the rank's; set when the model is complete.
         retrieval_idx: which of the retrieval layers this is, counted from 0.
         kernel: the rank's, set with ``step_memory``; None: attend with PyTorch.
-        rows_kernel: likewise for what lies in rows, on CPUs.
         local_impl: the implementation of local attention, whose ``lse`` the joint fusions read.
     """
 
@@ -80,8 +79,7 @@ class RetrievalAttention(nn.Module):
         is_kernel_used = is_plain and current_platform.is_cpu()
         self._rotate = rotary_emb.forward_cpu if is_kernel_used else rotary_emb.forward_native
         self.step_memory: StepMemory | None = None
-        self.kernel: RetrievalKernel | None = None
-        self.rows_kernel: RowsKernel | None = None
+        self.kernel: RetrievalKernel | CPURetrievalKernel | None = None
         self.local_impl: Any = None
         self.memory_gate = self._head_parameter()
         if config.memory_bias:
@@ -127,16 +125,12 @@ class RetrievalAttention(nn.Module):
         metadata = self._metadata()
         if self.kernel is not None:
             self._launch(self.kernel, query, output)
-            return
+            if self.kernel.reads_all:
+                return
         if metadata is None:
             return
         assert self.step_memory is not None
-        groups = metadata.groups
-        if self.rows_kernel is not None and metadata.in_rows is not None:
-            stored = self.step_memory.rows(self.retrieval_idx)
-            local_lse = None if self.config.fusion == "gated" else self.local_impl.lse
-            self.rows_kernel.attend(query, output, metadata.in_rows, stored, *self._kernel_parameters(), local_lse)
-            groups = metadata.groups_of_slots
+        groups = metadata.groups if self.kernel is None else metadata.groups_of_slots
         rows = output.view(output.shape[0], self.num_heads, self.padded_dim)
         for group in groups:
             keys, values = self.step_memory.read(group.source, self.retrieval_idx)
@@ -148,9 +142,9 @@ class RetrievalAttention(nn.Module):
         assert self.step_memory is not None, "the model was used before its bank was attached"
         return self.step_memory.metadata
 
-    def _launch(self, kernel: RetrievalKernel, query: torch.Tensor, output: torch.Tensor) -> None:
+    def _launch(self, kernel: RetrievalKernel | CPURetrievalKernel, query: torch.Tensor, output: torch.Tensor) -> None:
         assert self.step_memory is not None
-        reads, is_dummy_run = self.step_memory.stored(self.retrieval_idx), self._metadata() is None
+        reads, is_dummy_run = self.step_memory.stored(self.retrieval_idx, kernel.reads_all), self._metadata() is None
         if is_dummy_run and kernel.is_warm:
             return
         if is_dummy_run:

@@ -23,7 +23,7 @@ class BufferWatch:
 
     Attributes:
         num_steps: checked so far.
-        num_launches: of the kernel so far.
+        num_launches: of the first retrieval layer's kernel, which all of them share, so far.
     """
 
     def __init__(self, model: Any) -> None:

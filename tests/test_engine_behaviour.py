@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 
 from memlong_vllm.config import RetrieverConfig
-from memlong_vllm.kernels import few_tokens_cpu, vllm_blocks_cpu
-from memlong_vllm.kernels.memory_rows_cpu import RowsKernel
+from memlong_vllm.kernels import few_tokens_cpu, many_tokens_cpu, retrieval_cpu, vllm_blocks_cpu
 from memlong_vllm.retriever.embedder import FlagEmbedder, RetrieverLoadError
 from tests.checkpoints import MEMORY, SHAPE
 from tests.engines import Engine, Reference, assert_parity, logprobs_of
@@ -67,10 +66,10 @@ def test_zero_gates_are_the_sliding_window_backbone(
 
 
 @pytest.mark.parametrize("fusion", ["gated", "joint"])
-def test_decoding_on_a_cpu_uses_its_kernels(
+def test_cpus_use_their_kernels(
     start_engine: Any, checkpoints: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch, fusion: str
 ) -> None:
-    """In every step but those of the prompt, and in every layer; that results are right is shown elsewhere."""
+    """Each in all steps and layers that it is for; that results are right is shown elsewhere."""
     engine: Engine = start_engine(checkpoints.memlong(fusion=fusion))
     calls: Counter[str] = Counter()
 
@@ -78,22 +77,26 @@ def test_decoding_on_a_cpu_uses_its_kernels(
         original = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
+            calls[f"{owner.__name__.rpartition('.')[2]}.{name}"] += 1
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(RowsKernel, "attend")
+    count(retrieval_cpu, "attend_rows")
+    count(retrieval_cpu, "attend_spans")
     count(few_tokens_cpu, "attend_windows")
+    count(many_tokens_cpu, "attend_windows")
     count(vllm_blocks_cpu, "attend_vllm_blocks")
     engine.generate([tokens[:200]], max_tokens=11)
-    num_layers, num_reading, steps = SHAPE["num_hidden_layers"], len(MEMORY["retrieval_layers"]), 10
-    assert calls["attend"] == steps * num_reading
-    ours = num_reading if fusion == "joint" else 0
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        ours = num_layers
-    assert calls["attend_windows"] == steps * ours
-    assert calls["attend_vllm_blocks"] == steps * (num_layers - ours)
+    num_layers, num_reading = SHAPE["num_hidden_layers"], len(MEMORY["retrieval_layers"])
+    prompt_steps, decode_steps = 2, 10
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    ours = num_layers if not has_avx512 else num_reading if fusion == "joint" else 0
+    assert calls["retrieval_cpu.attend_rows"] == decode_steps * num_reading
+    assert calls["retrieval_cpu.attend_spans"] == (prompt_steps * num_reading if has_avx512 else 0)
+    assert calls["few_tokens_cpu.attend_windows"] == decode_steps * ours
+    assert calls["many_tokens_cpu.attend_windows"] == (prompt_steps * ours if has_avx512 else 0)
+    assert calls["vllm_blocks_cpu.attend_vllm_blocks"] == decode_steps * (num_layers - ours)
 
 
 def test_memory_in_use_while_30k_tokens_run(start_engine: Any, checkpoints: Any, tokens: list[int]) -> None:

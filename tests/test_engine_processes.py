@@ -48,7 +48,7 @@ def test_compiled(checkpoints: Any, tmp_path: Path, fusion: str) -> None:
     options = json.dumps({"enforce_eager": False})
     rows = check(checkpoints.memlong(fusion=fusion), tmp_path, "--options", options)
     assert rows[-1]["steps"] > 40
-    assert rows[-1]["launches"] == 0
+    assert rows[-1]["launches"] > 40
 
 
 def test_tensor_parallel(checkpoints: Any, tmp_path: Path) -> None:

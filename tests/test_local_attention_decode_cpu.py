@@ -54,11 +54,24 @@ class Batch:
         return output
 
     def by_ours(self, window: int) -> torch.Tensor:
+        """Also with a cache that has no numbers where nothing has been written."""
         tokens = few_tokens(range(len(LENGTHS)), self.starts, LENGTHS)
         assert tokens is not None
         output = torch.empty(self.query.shape, dtype=self.query.dtype)
-        attend_vllm_blocks(self.query, self.cache, self.table, *tokens, window, 0.2, output)
+        attend_vllm_blocks(self.query, self._unwritten_spoilt(), self.table, *tokens, window, 0.2, output)
         return output
+
+    def _unwritten_spoilt(self) -> torch.Tensor:
+        num_blocks, kv_heads, block_size, twice = self.cache.shape
+        spoilt = self.cache.clone().view(num_blocks, kv_heads, 2 * block_size * twice // 2)
+        keys, values = spoilt.chunk(2, dim=2)
+        columns, rows = keys.unflatten(2, (twice // 2, block_size)), values.unflatten(2, (block_size, twice // 2))
+        for i, length in enumerate(LENGTHS):
+            for number, block in enumerate(self.table[i].tolist()):
+                written = min(block_size, max(0, length - number * block_size))
+                columns[block, :, :, written:] = float("nan")
+                rows[block, :, written:] = float("nan")
+        return spoilt.view(self.cache.shape)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -85,7 +85,7 @@ def _vectors(builder: Any, first: Any) -> list[Any]:
 def _power_of_two(builder: Any, exponent: Any) -> Any:
     """2 to the power of each number, which are at most 0."""
     least = _constant(-126.0)
-    exponent = builder.select(builder.fcmp_ordered(">", exponent, least), exponent, least)
+    exponent = builder.select(builder.fcmp_ordered("<", exponent, least), least, exponent)
     floor = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_VECTOR, [_VECTOR]), f"llvm.floor.v{_WIDTH}f32"
     )

@@ -7,24 +7,22 @@ read every key and value where it is, once, in float32 or bfloat16, with arithme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from memlong_vllm.kernels.exponentials_cpu import PART
 from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
 from memlong_vllm.kernels.online_softmax_cpu import absorb, begin, end
-from memlong_vllm.kernels.vectors_cpu import dot, heads_at_once, shape_of
+from memlong_vllm.kernels.vectors_cpu import dot, heads_at_once, num_vectors, put, shape_of
 
 MAX_TOKENS = 4
-"""Query tokens of a sequence or span up to which these kernels are the faster way."""
+"""Query tokens of a sequence up to which these kernels are the faster way."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def suits(num_tokens: int, dtype: torch.dtype) -> bool:
-    """Whether spans of ``num_tokens`` that read keys of this type are best attended here."""
+    """Whether ``num_tokens`` of a sequence with keys of this type are best attended here."""
     return num_tokens <= MAX_TOKENS and dtype in _DTYPES
 
 
@@ -49,20 +47,17 @@ def attend_windows(
         token_idx: [N] int64, which tokens of the batch.
         sequence_of, positions: [N] int64, whose token it is and where it stands in its sequence.
         window: tokens that a token sees, itself included; below 1: all.
-        output: [T, H, d], rows ``token_idx`` are written.
+        output: [T, H, d], float32 or bfloat16; rows ``token_idx`` are written.
         lse: [T, H] float32, likewise.
     """
     use_threads()
-    is_target = output.dtype == torch.float32 and output.is_contiguous()
-    target = output if is_target else _float32(output.shape)
     _, num_kv_heads, block_size, _ = kv_cache.shape
-    arrays = *flat(query), *flat(kv_cache), *flat(block_table), token_idx, sequence_of, positions
+    arrays = [part for tensor in (query, output, kv_cache, block_table) for part in flat(tensor)]
     heads, size = query.shape[1:]
-    shape, together = shape_of(size), heads_at_once(heads // num_kv_heads, -(-size // 16))
-    sizes = num_kv_heads, block_size, window, np.float32(scale)
-    _attend_windows(*arrays, *sizes, target.numpy(), lse.numpy(), shape, together)
-    if not is_target:
-        output[token_idx] = target[token_idx].to(output.dtype)
+    group = heads // num_kv_heads
+    sizes = group, num_kv_heads, block_size, size, window, np.float32(scale)
+    shape, together = shape_of(size), heads_at_once(group, num_vectors(size))
+    _attend_windows(*arrays, token_idx, sequence_of, positions, *sizes, lse.numpy(), shape, together)
 
 
 def compile_windows(heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
@@ -72,18 +67,16 @@ def compile_windows(heads: int, num_kv_heads: int, head_size: int, dtype: torch.
     query = torch.zeros(1, heads, head_size, dtype=dtype)
     cache = torch.zeros(1, num_kv_heads, 1, 2 * head_size, dtype=dtype)
     first, table = np.zeros(1, np.int64), torch.zeros(1, 1, dtype=torch.int32)
-    attend_windows(query, cache, table, first, first, first, 1, 1.0, torch.empty_like(query), _float32((1, heads)))
-
-
-def _float32(shape: Sequence[int]) -> torch.Tensor:
-    """Zeros, whatever PyTorch's default type is: while models are made it is theirs."""
-    return torch.zeros(shape, dtype=torch.float32)
+    lse = torch.zeros(1, heads, dtype=torch.float32)
+    attend_windows(query, cache, table, first, first, first, 1, 1.0, torch.empty_like(query), lse)
 
 
 @njit(parallel=True, fastmath=True)
 def _attend_windows(
     query,
     query_strides,
+    output,
+    output_strides,
     kv_cache,
     cache_strides,
     block_table,
@@ -91,22 +84,22 @@ def _attend_windows(
     token_idx,
     sequence_of,
     positions,
+    group,
     num_kv_heads,
     block_size,
+    size,
     window,
     scale,
-    output,
     lse,
     shape,
     together,
 ):
-    group = output.shape[1] // num_kv_heads
     scales = np.full(group, scale)
     for item in prange(len(token_idx) * num_kv_heads):
         row, kv_head = item // num_kv_heads, item % num_kv_heads
-        token, heads = token_idx[row], slice(kv_head * group, (kv_head + 1) * group)
-        query_at = token * query_strides[0] + heads.start * query_strides[1]
-        state, scores = begin(group, output.shape[2]), np.empty((group, PART), np.float32)
+        token, first_head = token_idx[row], kv_head * group
+        query_at = token * query_strides[0] + first_head * query_strides[1]
+        state, scores = begin(group, size), np.empty((group, PART), np.float32)
         stop = positions[row] + 1
         first = max(0, stop - window) if window > 0 else 0
         while first < stop:
@@ -118,7 +111,11 @@ def _attend_windows(
                 for j in range(group):
                     query_of_head = query_at + j * query_strides[1]
                     scores[j, p] = dot(query, query_of_head, kv_cache, key_at + p * cache_strides[2], shape)
-            value_at = key_at + output.shape[2]
-            absorb(kv_cache, value_at, cache_strides[2], scores, 0, count, scales, state, shape, together)
+            absorb(kv_cache, key_at + size, cache_strides[2], scores, 0, count, scales, state, shape, together)
             first += count
-        end(state, scales, output[token, heads], lse[token, heads])
+        attended = np.empty((group, size), np.float32)
+        end(state, scales, attended, lse[token, first_head : first_head + group])
+        target = token * output_strides[0] + first_head * output_strides[1]
+        for j in range(group):
+            for e in range(size):
+                put(output, target + j * output_strides[1] + e, attended[j, e])

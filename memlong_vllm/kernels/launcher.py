@@ -42,11 +42,14 @@ class RetrievalKernel:
         dtype: of queries, outputs and chunks: float32, bfloat16 or float16.
 
     Attributes:
+        reads_all: as of :class:`memlong_vllm.kernels.retrieval_cpu.CPURetrievalKernel`.
         decode, prefill: shapes for spans of one token and for longer ones.
         constants: that the kernel is compiled with at every launch.
         max_programs: that a set is split for.
         is_warm: whether :meth:`RetrievalAttention.retrieve` has had it compiled.
     """
+
+    reads_all = True
 
     def __init__(
         self, heads: HeadShape, memory: MemoryConfig, top_k: int, dtype: torch.dtype, device: torch.device

@@ -34,7 +34,13 @@ logger = logging.getLogger(__name__)
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Numba's decorator, with its cache on disk where one can be kept: beside the package or in the
-    user's cache folder."""
+    user's cache folder. Divisions by 0 are as in NumPy.
+
+    The cache of a kernel notices changes of the kernel's own file only, not of what it calls elsewhere: remove
+    it (``*.nbi``) when that has changed.
+    """
+
+    options["error_model"] = "numpy"
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:

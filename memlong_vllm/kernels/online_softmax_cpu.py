@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from memlong_vllm.kernels.exponentials_cpu import HIDDEN, PART, largest, powers
@@ -38,7 +36,7 @@ def weigh(scores, j, first, count, scale, state, row):
     peak = largest(scores, j * PART, peaks[row])
     total = powers(scores, j * PART, peak, scale)
     if peak > peaks[row]:
-        kept = np.float32(math.exp((peaks[row] - peak) * scale))
+        kept = np.float32(np.exp((peaks[row] - peak) * scale))
         total += totals[row] * kept
         for e in range(sums.shape[1]):
             sums[row, e] *= kept
@@ -72,6 +70,6 @@ def end(state, scale, output, lse):
     """What the heads have attended to, [heads, size], and the log-sum-exp of their scores, [heads]."""
     peaks, totals, sums = state
     for j in range(len(peaks)):
-        lse[j] = peaks[j] * scale[j] + math.log(totals[j])
+        lse[j] = peaks[j] * scale[j] + np.log(totals[j])
         for e in range(sums.shape[1]):
             output[j, e] = sums[j, e] / totals[j]

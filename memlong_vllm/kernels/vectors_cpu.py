@@ -3,8 +3,6 @@
 Loops over a head's elements become fast only if their number is known and nothing they read may
 be what they write. Numba can promise the compiler neither, so these operations are written in its
 intermediate language. They read float32, and bfloat16 as its bits, and calculate in float32.
-
-Numba's cache of compiled kernels does not notice changes of this file: remove it (``*.nbi``).
 """
 
 from __future__ import annotations
@@ -18,7 +16,13 @@ from memlong_vllm.kernels.numba_threads import cgutils, intrinsic, types
 
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(32)
 _WIDTHS = (16, 8, 4, 2)
-_MAX_SUMS = 24
+_NAN = 0x7FC0
+
+VECTOR = 16
+"""Elements of the vectors that kernels reckon with."""
+
+MAX_SUMS = 24
+"""Vectors that AVX-512 has registers for, beside what is added to them."""
 
 
 def shape_of(head_size: int) -> tuple[float, ...]:
@@ -32,14 +36,19 @@ def shape_of(head_size: int) -> tuple[float, ...]:
     return (0.0,) * (head_size // 16) if head_size % 16 == 0 else (0,) * (head_size // 2)
 
 
-def heads_at_once(group: int, num_vectors: int) -> tuple[float, ...]:
+def num_vectors(head_size: int) -> int:
+    """That a head has, the last of them perhaps a part."""
+    return -(-head_size // VECTOR)
+
+
+def heads_at_once(group: int, sums: int) -> tuple[float, ...]:
     """Of ``group`` heads that share keys and values, how many a kernel takes at once, as an argument that
     kernels are compiled for.
 
     Args:
-        num_vectors: sums that are kept of each; AVX-512 has registers for some thirty.
+        sums: vectors that are kept of each.
     """
-    most = max(1, _MAX_SUMS // num_vectors)
+    most = max(1, MAX_SUMS // sums)
     return (0.0,) * max(number for number in range(1, group + 1) if group % number == 0 and number <= most)
 
 
@@ -211,6 +220,8 @@ def put(typing_context: Any, array: Any, at: Any, number: Any) -> Any:
             bits, half = builder.bitcast(number, ir.IntType(32)), ir.IntType(32)(0x7FFF)
             last = builder.and_(builder.lshr(bits, ir.IntType(32)(16)), ir.IntType(32)(1))
             rounded = builder.lshr(builder.add(bits, builder.add(half, last)), ir.IntType(32)(16))
+            is_nan = builder.fcmp_unordered("uno", number, number)
+            rounded = builder.select(is_nan, ir.IntType(32)(_NAN), rounded)
             number = builder.trunc(rounded, ir.IntType(16))
         builder.store(number, pointer)
         return context.get_dummy_value()

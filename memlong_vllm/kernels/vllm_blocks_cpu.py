@@ -12,12 +12,7 @@ import torch
 from memlong_vllm.kernels.exponentials_cpu import PART
 from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
 from memlong_vllm.kernels.online_softmax_cpu import absorb, begin, end
-from memlong_vllm.kernels.vectors_cpu import heads_at_once, put, score_columns, shape_of
-
-BLOCK_MULTIPLE = 32
-"""Blocks have a multiple of so many tokens."""
-
-_VECTOR = 16
+from memlong_vllm.kernels.vectors_cpu import VECTOR, heads_at_once, num_vectors, put, score_columns, shape_of
 
 
 def attend_vllm_blocks(
@@ -47,7 +42,7 @@ def attend_vllm_blocks(
     arrays = [part for tensor in (query, output, kv_cache, block_table) for part in flat(tensor)]
     sizes = group, num_kv_heads, block_size, size, window, np.float32(scale)
     columns = _columns(block_size)
-    together = heads_at_once(group, max(columns, -(-size // _VECTOR)))
+    together = heads_at_once(group, max(columns, num_vectors(size)))
     _attend(*arrays, token_idx, sequence_of, positions, *sizes, shape_of(size), together, (0.0,) * columns)
 
 
@@ -61,7 +56,7 @@ def compile_vllm_blocks(heads: int, num_kv_heads: int, head_size: int, block_siz
 
 def _columns(block_size: int) -> int:
     """Vectors of keys that are scored at once: whole rows of columns, so that what is read lies together."""
-    return next(number for number in (8, 4, 2) if block_size % (number * _VECTOR) == 0)
+    return next(number for number in (8, 4, 2) if block_size % (number * VECTOR) == 0)
 
 
 @njit(parallel=True, fastmath=True)
@@ -87,7 +82,7 @@ def _attend(
     together,
     columns,
 ):
-    at_once = _VECTOR * len(columns)
+    at_once = VECTOR * len(columns)
     for item in prange(len(token_idx) * num_kv_heads):
         row, kv_head = item // num_kv_heads, item % num_kv_heads
         query_at = token_idx[row] * query_strides[0] + kv_head * group * query_strides[1]

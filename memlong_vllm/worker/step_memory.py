@@ -128,11 +128,6 @@ class StepMemory:
             self.adaptation.adapt(keys, values, layer)
         return keys, values
 
-    def rows(self, layer: int) -> Stored:
-        """The rows that this step reads, as a layer reads them, counting retrieval layers."""
-        self._complete()
-        return self.working_set.stored(layer)
-
     def _complete(self) -> None:
         """See to it that rows and adapted chunks are there. What the step writes is in the bank by now:
         no layer reads before the memory layer."""
@@ -140,8 +135,10 @@ class StepMemory:
         if self.adapted is not None:
             self.adapted.fill()
 
-    def stored(self, layer: int) -> Iterator[tuple[Spans, Stored]]:
+    def stored(self, layer: int, with_slots: bool = True) -> Iterator[tuple[Spans, Stored]]:
         """All that a layer reads in this step, where it lies; each to be used before the next.
+
+        Without ``with_slots`` only what lies in rows.
 
         A bank of the host is not read in place: a kernel may read a chunk several times, and
         copies to staging come from there once.
@@ -151,7 +148,7 @@ class StepMemory:
         self._complete()
         if self.metadata.in_rows is not None:
             yield self.metadata.in_rows, self.working_set.stored(layer)
-        if self.metadata.in_bank is None:
+        if self.metadata.in_bank is None or not with_slots:
             return
         from_slots = [(g.spans, g.source) for g in self.metadata.groups if not isinstance(g.source, RowSource)]
         bank = self.bank if self.adapted is None else self.adapted.layers[layer]
