@@ -50,7 +50,7 @@ class AuthorsLoop:
 
         config = MemLongConfig.from_pretrained(checkpoint)
         config.max_position_embeddings = max(config.max_position_embeddings, max_model_len)
-        config.memlong = config.memlong | {"memory_adapter": None}
+        config.memlong = config.memlong | {"memory_adapter": None, "memory_adapter_width": 1}
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = MemLongForCausalLM.from_pretrained(checkpoint, config=config, dtype=dtype).eval()
         self._model.to(self._device)

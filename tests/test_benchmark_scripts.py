@@ -72,8 +72,9 @@ def test_throughput_runs(model: Path, tmp_path: Path) -> None:
     assert "MemLong / window" in write_report([tmp_path / "throughput.json"], tmp_path / "report.md")[0].read_text()
 
 
-def test_the_authors_loop_runs(model: Path, tmp_path: Path) -> None:
-    """Of one sequence: an embedding for every token that is answered."""
+def test_the_authors_loop_runs(checkpoints: Any, tmp_path: Path) -> None:
+    """Of one sequence: an embedding for every token that is answered. The checkpoint's maps of memory are left out."""
+    model = checkpoints.memlong(memory_adapter="linear", memory_adapter_width=2)
     words = [
         "--model",
         model,
