@@ -5,9 +5,9 @@ compute it but do not hand it out, so retrieval layers of these fusions use subc
 do all layers on CPUs without AVX-512 in float32, where our attention is the faster one: 213 to 254 ms
 for 6,144 tokens of prefill where vLLM's takes 284 to 291. With AVX-512 vLLM's kernel for vectors is
 the faster one for prompts (26 ms for 2,048 tokens behind a full window of 1,024, where ours takes 31),
-and ours for steps in which no sequence has many tokens (0.36 ms for eight that decode, where vLLM's
-takes 0.70; nine heads of 64 on three key-value heads, float32), so other layers use a subclass that does
-these steps over vLLM's own cache. (Not with heads of a size that is no multiple of 32, nor with AMX in
+and ours for steps in which no sequence has many tokens (0.33 to 0.43 ms for eight that decode, where vLLM's
+takes 0.63 to 0.72; nine heads of 64 on three key-value heads, float32), so other layers use a subclass that
+does these steps over vLLM's own cache. (Not with heads of a size that is no multiple of 32, nor with AMX in
 bfloat16, which vLLM has other kernels for.) Everything else uses vLLM's backends as they are.
 """
 

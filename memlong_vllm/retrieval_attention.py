@@ -144,12 +144,11 @@ class RetrievalAttention(nn.Module):
 
     def _launch(self, kernel: RetrievalKernel | CPURetrievalKernel, query: torch.Tensor, output: torch.Tensor) -> None:
         assert self.step_memory is not None
-        reads, is_dummy_run = self.step_memory.stored(self.retrieval_idx, kernel.reads_all), self._metadata() is None
-        if is_dummy_run and kernel.is_warm:
-            return
+        is_dummy_run = self._metadata() is None
         if is_dummy_run:
-            # Have the kernel compiled now, not when the first request comes.
-            reads, kernel.is_warm = self.step_memory.nothing_stored((1, kernel.max_programs)), True
+            reads = self.step_memory.nothing_stored(kernel.take_warm_up_spans())
+        else:
+            reads = self.step_memory.stored(self.retrieval_idx, kernel.reads_all)
         local_lse = None
         if self.config.fusion != "gated":
             no_lse = (1, self.num_heads)

@@ -65,12 +65,18 @@ def test_zero_gates_are_the_sliding_window_backbone(
         torch.testing.assert_close(measured, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", ["gated", "joint"])
+@pytest.mark.parametrize(("fusion", "head_dim"), [("gated", 32), ("joint", 32), ("gated", 80)])
 def test_cpus_use_their_kernels(
-    start_engine: Any, checkpoints: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch, fusion: str
+    start_engine: Any,
+    checkpoints: Any,
+    tokens: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    fusion: str,
+    head_dim: int,
 ) -> None:
-    """Each in all steps and layers that it is for; that results are right is shown elsewhere."""
-    engine: Engine = start_engine(checkpoints.memlong(fusion=fusion))
+    """Each in all steps and layers that it is for; that results are right is shown elsewhere. Of heads of 80
+    elements vLLM's cache has an order that is left to vLLM."""
+    engine: Engine = start_engine(checkpoints.memlong(fusion=fusion, shape={"head_dim": head_dim}))
     calls: Counter[str] = Counter()
 
     def count(owner: Any, name: str) -> None:
@@ -96,7 +102,8 @@ def test_cpus_use_their_kernels(
     assert calls["retrieval_cpu.attend_spans"] == (prompt_steps * num_reading if has_avx512 else 0)
     assert calls["few_tokens_cpu.attend_windows"] == decode_steps * ours
     assert calls["many_tokens_cpu.attend_windows"] == (prompt_steps * ours if has_avx512 else 0)
-    assert calls["vllm_blocks_cpu.attend_vllm_blocks"] == decode_steps * (num_layers - ours)
+    is_known = head_dim % 32 == 0
+    assert calls["vllm_blocks_cpu.attend_vllm_blocks"] == (decode_steps * (num_layers - ours) if is_known else 0)
 
 
 def test_memory_in_use_while_30k_tokens_run(start_engine: Any, checkpoints: Any, tokens: list[int]) -> None:

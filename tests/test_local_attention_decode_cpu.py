@@ -12,7 +12,7 @@ from memlong_vllm.kernels import vllm_blocks_cpu
 from memlong_vllm.kernels.vllm_blocks_cpu import attend_vllm_blocks, compile_vllm_blocks
 from memlong_vllm.local_attention import window_backend
 from memlong_vllm.local_attention_cpu import CPUWindowBackend, few_tokens
-from memlong_vllm.local_attention_decode_cpu import CPUDecodeBackend, CPUDecodeMetadataBuilder
+from memlong_vllm.local_attention_decode_cpu import CPUDecodeBackend
 
 # Tokens of each sequence, and how many of them are of this step.
 LENGTHS, COUNTS = [1, 127, 128, 129, 700, 333], [1, 2, 1, 4, 1, 3]
@@ -103,4 +103,3 @@ def test_which_backend_serves(capability: str, monkeypatch: pytest.MonkeyPatch) 
         assert window_backend(CPUAttentionBackend, dtype, keeps_lse=True) is CPUWindowBackend
         other = CPUDecodeBackend if capability == "AVX512" else without_avx512
         assert window_backend(CPUAttentionBackend, dtype, keeps_lse=False) is other
-    assert CPUDecodeBackend.get_builder_cls() is CPUDecodeMetadataBuilder

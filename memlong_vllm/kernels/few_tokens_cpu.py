@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from memlong_vllm.kernels.exponentials_cpu import PART
-from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
+from memlong_vllm.kernels.numba_threads import njit, prange
 from memlong_vllm.kernels.online_softmax_cpu import absorb, begin, end
-from memlong_vllm.kernels.vectors_cpu import dot, heads_at_once, num_vectors, put, shape_of
+from memlong_vllm.kernels.vectors_cpu import dot, heads_at_once, num_vectors, shape_of
+from memlong_vllm.kernels.windows_cpu import first_seen, place_of, window_arguments, write_heads
 
 MAX_TOKENS = 4
 """Query tokens of a sequence up to which these kernels are the faster way."""
@@ -50,14 +51,10 @@ def attend_windows(
         output: [T, H, d], float32 or bfloat16; rows ``token_idx`` are written.
         lse: [T, H] float32, likewise.
     """
-    use_threads()
-    _, num_kv_heads, block_size, _ = kv_cache.shape
-    arrays = [part for tensor in (query, output, kv_cache, block_table) for part in flat(tensor)]
     heads, size = query.shape[1:]
-    group = heads // num_kv_heads
-    sizes = group, num_kv_heads, block_size, size, window, np.float32(scale)
-    shape, together = shape_of(size), heads_at_once(group, num_vectors(size))
-    _attend_windows(*arrays, token_idx, sequence_of, positions, *sizes, lse.numpy(), shape, together)
+    together = heads_at_once(heads // kv_cache.shape[1], num_vectors(size))
+    arguments = window_arguments(query, output, kv_cache, block_table, window, scale)
+    _attend_windows(*arguments, token_idx, sequence_of, positions, lse.numpy(), shape_of(size), together)
 
 
 def compile_windows(heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
@@ -73,49 +70,32 @@ def compile_windows(heads: int, num_kv_heads: int, head_size: int, dtype: torch.
 
 @njit(parallel=True, fastmath=True)
 def _attend_windows(
-    query,
-    query_strides,
-    output,
-    output_strides,
-    kv_cache,
-    cache_strides,
-    block_table,
-    table_strides,
-    token_idx,
-    sequence_of,
-    positions,
-    group,
-    num_kv_heads,
-    block_size,
-    size,
-    window,
-    scale,
-    lse,
-    shape,
-    together,
+    query, output, kv_cache, block_table, sizes, token_idx, sequence_of, positions, lse, shape, together
 ):
+    queries, query_strides = query
+    outputs, output_strides = output
+    cached, cache_strides = kv_cache
+    blocks, table_strides = block_table
+    group, num_kv_heads, size, block_size, window, scale = sizes
     scales = np.full(group, scale)
     for item in prange(len(token_idx) * num_kv_heads):
         row, kv_head = item // num_kv_heads, item % num_kv_heads
         token, first_head = token_idx[row], kv_head * group
         query_at = token * query_strides[0] + first_head * query_strides[1]
         state, scores = begin(group, size), np.empty((group, PART), np.float32)
-        stop = positions[row] + 1
-        first = max(0, stop - window) if window > 0 else 0
+        first, stop = first_seen(positions[row], window), positions[row] + 1
         while first < stop:
-            offset = first % block_size
-            block = np.int64(block_table[sequence_of[row] * table_strides[0] + first // block_size])
-            key_at = block * cache_strides[0] + kv_head * cache_strides[1] + offset * cache_strides[2]
+            block_at, offset = place_of(
+                blocks, table_strides, sequence_of[row], first, cache_strides, kv_head, block_size
+            )
+            key_at = block_at + offset * cache_strides[2]
             count = min(PART, block_size - offset, stop - first)
             for p in range(count):
                 for j in range(group):
                     query_of_head = query_at + j * query_strides[1]
-                    scores[j, p] = dot(query, query_of_head, kv_cache, key_at + p * cache_strides[2], shape)
-            absorb(kv_cache, key_at + size, cache_strides[2], scores, 0, count, scales, state, shape, together)
+                    scores[j, p] = dot(queries, query_of_head, cached, key_at + p * cache_strides[2], shape)
+            absorb(cached, key_at + size, cache_strides[2], scores, 0, count, scales, state, shape, together)
             first += count
         attended = np.empty((group, size), np.float32)
         end(state, scales, attended, lse[token, first_head : first_head + group])
-        target = token * output_strides[0] + first_head * output_strides[1]
-        for j in range(group):
-            for e in range(size):
-                put(output, target + j * output_strides[1] + e, attended[j, e])
+        write_heads(outputs, output_strides, token, first_head, attended)

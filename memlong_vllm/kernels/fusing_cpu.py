@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from memlong_vllm.kernels.head_shape import FUSIONS
@@ -11,6 +13,28 @@ from memlong_vllm.kernels.vectors_cpu import get, put
 # With it scores are all but equal, and what is hidden stays so.
 _LEAST_WEIGHT = np.float32(1e-20)
 _GATED, _SCALED_LOGITS = FUSIONS.index("gated"), FUSIONS.index("scaled_logits")
+
+
+class RetrievalSizes(NamedTuple):
+    """What a kernel of a retrieval layer is told, beside tensors.
+
+    Attributes:
+        group: query heads that share a key-value head, of which there are ``num_kv_heads``.
+        padded_dim: elements of a head in queries and outputs; ``head_dim``: in keys and values.
+        rotary_dim: of these the first that are rotated, in halves.
+        chunk_size: tokens.
+        fusion: number of one of :data:`memlong_vllm.kernels.head_shape.FUSIONS`.
+        scale: float32, what products of queries and keys are multiplied by; positive.
+    """
+
+    group: int
+    num_kv_heads: int
+    padded_dim: int
+    head_dim: int
+    rotary_dim: int
+    chunk_size: int
+    fusion: int
+    scale: np.float32
 
 
 @njit(fastmath=True)

@@ -46,7 +46,6 @@ class RetrievalKernel:
         decode, prefill: shapes for spans of one token and for longer ones.
         constants: that the kernel is compiled with at every launch.
         max_programs: that a set is split for.
-        is_warm: whether :meth:`RetrievalAttention.retrieve` has had it compiled.
     """
 
     reads_all = True
@@ -81,7 +80,7 @@ class RetrievalKernel:
             "BLOCK_DIM": self._block_dim,
         }
         self._top_k = top_k
-        self.is_warm = False
+        self._is_warm = False
         multiprocessors = _INTERPRETED_MULTIPROCESSORS
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -98,6 +97,13 @@ class RetrievalKernel:
         self._stats = torch.empty(rows, 2, dtype=torch.float32, device=device)
         # How many splits of an item are done; the last sets it back to 0.
         self._arrivals = torch.zeros(max_programs, dtype=torch.int32, device=device)
+
+    def take_warm_up_spans(self) -> tuple[int, ...]:
+        """With how many spans a dummy run should have it compiled, so that no request waits for that; none from
+        the second call on."""
+        nums = () if self._is_warm else (1, self.max_programs)
+        self._is_warm = True
+        return nums
 
     def num_splits(self, num_spans: int) -> int:
         """Programs that share the chunks of a decoding token and key-value head."""

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from memlong_vllm.kernels.exponentials_cpu import PART
-from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
+from memlong_vllm.kernels.numba_threads import njit, prange
 from memlong_vllm.kernels.online_softmax_cpu import begin
 from memlong_vllm.kernels.query_tiles_cpu import attend_runs, padded_rows, tile_of
-from memlong_vllm.kernels.vectors_cpu import get, put, shape_of
+from memlong_vllm.kernels.vectors_cpu import get, shape_of
+from memlong_vllm.kernels.windows_cpu import first_seen, place_of, window_arguments, write_heads
 
 
 class QueryTiles(NamedTuple):
@@ -43,12 +44,9 @@ def attend_windows(
     Args:
         output: [T, H, d], float32 or bfloat16.
     """
-    use_threads()
-    _, num_kv_heads, block_size, _ = kv_cache.shape
-    heads, size = query.shape[1:]
-    arrays = [part for tensor in (query, output, kv_cache, block_table) for part in flat(tensor)]
-    sizes = heads // num_kv_heads, num_kv_heads, block_size, size, window, np.float32(scale)
-    _attend(*arrays, lse.numpy(), *tiles, *sizes, shape_of(size), *tile_of(size))
+    size = query.shape[2]
+    arguments = window_arguments(query, output, kv_cache, block_table, window, scale)
+    _attend(*arguments, tiles, lse.numpy(), shape_of(size), *tile_of(size))
 
 
 def compile_windows(heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
@@ -61,66 +59,44 @@ def compile_windows(heads: int, num_kv_heads: int, head_size: int, dtype: torch.
 
 
 @njit(parallel=True, fastmath=True)
-def _attend(
-    query,
-    query_strides,
-    output,
-    output_strides,
-    kv_cache,
-    cache_strides,
-    block_table,
-    table_strides,
-    lse,
-    token_idx,
-    counts,
-    sequence_of,
-    positions,
-    group,
-    num_kv_heads,
-    block_size,
-    size,
-    window,
-    scale,
-    shape,
-    tile,
-    columns,
-):
-    stored = kv_cache, cache_strides[2], kv_cache, cache_strides[2]
-    for item in prange(len(token_idx) * num_kv_heads):
+def _attend(query, output, kv_cache, block_table, sizes, tiles, lse, shape, tile, columns):
+    queries, query_strides = query
+    outputs, output_strides = output
+    cached, cache_strides = kv_cache
+    blocks, table_strides = block_table
+    group, num_kv_heads, size, block_size, window, scale = sizes
+    first_tokens, counts, sequence_of, positions = tiles
+    stored = cached, cache_strides[2], cached, cache_strides[2]
+    for item in prange(len(counts) * num_kv_heads):
         part, kv_head = item // num_kv_heads, item % num_kv_heads
         num_rows, first_head = counts[part] * group, kv_head * group
         rows = np.zeros((padded_rows(num_rows, tile), size), np.float32)
         for row in range(num_rows):
-            token, head = token_idx[part] + row // group, first_head + row % group
+            token, head = first_tokens[part] + row // group, first_head + row % group
             at = token * query_strides[0] + head * query_strides[1]
             for e in range(size):
-                rows[row, e] = get(query, at + e)
-        end = positions[part] + counts[part]
-        first = max(0, positions[part] - window + 1) if window > 0 else 0
-        table_at = sequence_of[part] * table_strides[0]
-        runs = _runs(first, end, block_table, table_at, block_size, cache_strides, kv_head, size)
-        seen = window if window > 0 else end
+                rows[row, e] = get(queries, at + e)
+        first, stop = first_seen(positions[part], window), positions[part] + counts[part]
+        runs = _runs(first, stop, blocks, table_strides, sequence_of[part], cache_strides, kv_head, block_size, size)
+        offset, seen = positions[part] - first, window if window > 0 else stop
         state, scales = begin(len(rows), size), np.full(group, scale)
-        attend_runs(
-            rows, num_rows, group, stored, runs, positions[part] - first, seen, scales, state, shape, tile, columns
-        )
+        attend_runs(rows, num_rows, group, stored, runs, offset, seen, scales, state, shape, tile, columns)
         peaks, totals, sums = state
         for row in range(num_rows):
-            token, head = token_idx[part] + row // group, first_head + row % group
+            token, head = first_tokens[part] + row // group, first_head + row % group
             lse[token, head] = peaks[row] * scale + np.log(totals[row])
-            at = token * output_strides[0] + head * output_strides[1]
-            for e in range(size):
-                put(output, at + e, sums[row, e] / totals[row])
+            write_heads(outputs, output_strides, token, head, sums[row : row + 1] / totals[row])
 
 
 @njit(fastmath=True)
-def _runs(first, end, block_table, table_at, block_size, cache_strides, kv_head, size):
-    """Of keys [first, end) of a sequence, those that lie together; see :func:`attend_runs`."""
-    runs, number = np.empty(((end - first) // min(PART, block_size) + (end - first) // block_size + 3, 3), np.int64), 0
-    while first < end:
-        block, offset = np.int64(block_table[table_at + first // block_size]), first % block_size
-        count = min(PART, block_size - offset, end - first)
-        at = block * cache_strides[0] + kv_head * cache_strides[1] + offset * cache_strides[2]
+def _runs(first, stop, blocks, table_strides, sequence, cache_strides, kv_head, block_size, size):
+    """Of keys [first, stop) of a sequence, those that lie together; see :func:`attend_runs`."""
+    number, length = 0, stop - first
+    runs = np.empty((length // min(PART, block_size) + length // block_size + 3, 3), np.int64)
+    while first < stop:
+        block_at, offset = place_of(blocks, table_strides, sequence, first, cache_strides, kv_head, block_size)
+        count = min(PART, block_size - offset, stop - first)
+        at = block_at + offset * cache_strides[2]
         runs[number] = at, at + size, count
         first, number = first + count, number + 1
     return runs[:number]

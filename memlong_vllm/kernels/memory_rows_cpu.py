@@ -18,48 +18,25 @@ from memlong_vllm.worker.step_buffers import FIRST_ENTRY, NUM_CHUNKS, NUM_TOKENS
 
 @njit(parallel=True, fastmath=True)
 def attend_rows(
-    query,
-    query_strides,
-    output,
-    output_strides,
-    cos_sin,
-    cos_sin_strides,
-    gate,
-    gate_strides,
-    bias,
-    bias_strides,
-    keys,
-    key_strides,
-    values,
-    value_strides,
-    local_lse,
-    table,
-    token_idx,
-    positions,
-    group,
-    num_kv_heads,
-    padded,
-    size,
-    rotary_dim,
-    chunk_size,
-    fusion,
-    scale,
-    shape,
-    together,
+    query, output, cos_sin, gate, bias, stored_keys, stored_values, local_lse, tokens, sizes, shape, together
 ):
     """See :meth:`memlong_vllm.kernels.retrieval_cpu.CPURetrievalKernel.attend`."""
+    queries, query_strides = query
+    outputs, output_strides = output
+    angles, angle_strides = cos_sin
+    keys, key_strides = stored_keys
+    values, value_strides = stored_values
+    table, token_idx, positions = tokens
+    group, num_kv_heads, padded, size, rotary_dim, chunk_size, fusion, scale = sizes
     for item in prange(len(table) * num_kv_heads):
         span, kv_head = table[item // num_kv_heads], item % num_kv_heads
         if span[NUM_TOKENS] > 0:
             entry, first = span[FIRST_ENTRY], kv_head * group
             token = token_idx[entry]
-            rotated, memory, lse = (
-                np.empty((group, size), np.float32),
-                np.empty((group, size), np.float32),
-                np.empty(group, np.float32),
-            )
+            rotated, memory = np.empty((group, size), np.float32), np.empty((group, size), np.float32)
+            lse = np.empty(group, np.float32)
             at = token * query_strides[0] + first * padded
-            rotate(query, at, padded, cos_sin, positions[entry] * cos_sin_strides[0], rotary_dim, rotated)
+            rotate(queries, at, padded, angles, positions[entry] * angle_strides[0], rotary_dim, rotated)
             weights = weights_of_scores(gate, first, group, fusion)
             key_at = span[ROW] * key_strides[0] + kv_head * key_strides[1]
             value_at = span[ROW] * value_strides[0] + kv_head * value_strides[1]
@@ -68,7 +45,7 @@ def attend_rows(
             for j in range(group):
                 at = token * output_strides[0] + (first + j) * padded
                 fuse(
-                    output, at, memory[j], np.float32(1), lse[j], local_lse, token, first + j,
+                    outputs, at, memory[j], np.float32(1), lse[j], local_lse, token, first + j,
                     weights[j], bias, gate, fusion,
                 )  # fmt: skip
 

@@ -15,31 +15,15 @@ from memlong_vllm.worker.step_buffers import FIRST_ENTRY, FIRST_SLOT, NUM_CHUNKS
 @njit(parallel=True, fastmath=True)
 def attend_spans(
     query,
-    query_strides,
     output,
-    output_strides,
     cos_sin,
-    cos_sin_strides,
     gate,
-    gate_strides,
     bias,
-    bias_strides,
-    keys,
-    key_strides,
-    values,
-    value_strides,
+    stored_keys,
+    stored_values,
     local_lse,
-    table,
-    token_idx,
-    positions,
-    group,
-    num_kv_heads,
-    padded,
-    size,
-    rotary_dim,
-    chunk_size,
-    fusion,
-    scale,
+    tokens,
+    sizes,
     shape,
     slots,
     has_slots,
@@ -48,6 +32,13 @@ def attend_spans(
     columns,
 ):
     """See :meth:`memlong_vllm.kernels.retrieval_cpu.CPURetrievalKernel.attend`."""
+    queries, query_strides = query
+    outputs, output_strides = output
+    angles, angle_strides = cos_sin
+    keys, key_strides = stored_keys
+    values, value_strides = stored_values
+    table, token_idx, positions = tokens
+    group, num_kv_heads, padded, size, rotary_dim, chunk_size, fusion, scale = sizes
     num_parts = (max_tokens + TILE_TOKENS - 1) // TILE_TOKENS
     stored = keys, key_strides[2], values, value_strides[2]
     for item in prange(len(table) * num_parts * num_kv_heads):
@@ -58,9 +49,9 @@ def attend_spans(
             entry, first_head = span[FIRST_ENTRY] + skipped, kv_head * group
             rows = np.zeros((padded_rows(count * group, tile), size), np.float32)
             for i in range(count):
-                at, cos_sin_at = token_idx[entry + i] * query_strides[0], positions[entry + i] * cos_sin_strides[0]
+                at, angles_at = token_idx[entry + i] * query_strides[0], positions[entry + i] * angle_strides[0]
                 rotated = rows[i * group : (i + 1) * group]
-                rotate(query, at + first_head * padded, padded, cos_sin, cos_sin_at, rotary_dim, rotated)
+                rotate(queries, at + first_head * padded, padded, angles, angles_at, rotary_dim, rotated)
             weights = weights_of_scores(gate, first_head, group, fusion)
             scales, state = scale * weights, begin(len(rows), size)
             runs = _runs(span, slots, has_slots, chunk_size, key_strides, value_strides, kv_head)
@@ -70,7 +61,7 @@ def attend_spans(
                 token, head = token_idx[entry + row // group], first_head + row % group
                 at, lse = token * output_strides[0] + head * padded, peaks[row] * scales[row % group]
                 fuse(
-                    output, at, sums[row], totals[row], lse + np.log(totals[row]), local_lse, token, head,
+                    outputs, at, sums[row], totals[row], lse + np.log(totals[row]), local_lse, token, head,
                     weights[row % group], bias, gate, fusion,
                 )  # fmt: skip
 

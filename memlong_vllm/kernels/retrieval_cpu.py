@@ -7,6 +7,7 @@ import torch
 
 from memlong_vllm.config import MemoryConfig
 from memlong_vllm.kernels import query_tiles_cpu
+from memlong_vllm.kernels.fusing_cpu import RetrievalSizes
 from memlong_vllm.kernels.head_shape import FUSIONS, HeadShape
 from memlong_vllm.kernels.memory_rows_cpu import attend_rows
 from memlong_vllm.kernels.memory_spans_cpu import attend_spans
@@ -26,19 +27,21 @@ class CPURetrievalKernel:
     Attributes:
         reads_all: whether it attends to all that is stored; else to rows of the working set only, of
             spans of one token. Others have the registers for it with AVX-512 only.
-        is_warm: it is compiled when it is made.
-        max_programs: that a set is split for.
     """
-
-    is_warm, max_programs = True, 1
 
     def __init__(self, heads: HeadShape, memory: MemoryConfig, dtype: torch.dtype) -> None:
         self.reads_all = query_tiles_cpu.suits(dtype)
         self._heads, self._chunk_size = heads, memory.chunk_size
-        self._fusion, self._scale = FUSIONS.index(memory.fusion), np.float32(heads.head_dim**-0.5)
+        dims = heads.padded_dim, heads.head_dim, heads.rotary_dim
+        fusion, scale = FUSIONS.index(memory.fusion), np.float32(heads.head_dim**-0.5)
+        self._sizes = RetrievalSizes(heads.group, heads.num_kv_heads, *dims, memory.chunk_size, fusion, scale)
         self._no_bias = torch.zeros(heads.num_heads, dtype=dtype)
         self._no_lse = torch.zeros(1, heads.num_heads, dtype=torch.float32)
         self._compile(dtype)
+
+    def take_warm_up_spans(self) -> tuple[int, ...]:
+        """None: it is compiled when it is made."""
+        return ()
 
     @staticmethod
     def suits(memory: MemoryConfig, dtype: torch.dtype) -> bool:
@@ -73,10 +76,11 @@ class CPURetrievalKernel:
         heads = self._heads
         bias = self._no_bias if bias is None else bias
         lse = (self._no_lse if local_lse is None else local_lse).numpy()
-        arrays = [part for t in (query, output, cos_sin, gate, bias, stored.keys, stored.values) for part in flat(t)]
+        # With a gate and a bias a head: their only stride is 1.
+        layer = flat(cos_sin), flat(gate)[0], flat(bias)[0]
         tokens = spans.table.numpy(), spans.token_idx.numpy(), spans.positions.numpy()
-        sizes = heads.group, heads.num_kv_heads, heads.padded_dim, heads.head_dim, heads.rotary_dim, self._chunk_size
-        common = *arrays, lse, *tokens, *sizes, self._fusion, self._scale, shape_of(heads.head_dim)
+        arrays = flat(query), flat(output), *layer, flat(stored.keys), flat(stored.values), lse, tokens
+        common = *arrays, self._sizes, shape_of(heads.head_dim)
         if spans.max_tokens == 1 and stored.slots is None:
             attend_rows(*common, heads_at_once(heads.group, num_vectors(heads.head_dim)))
         else:

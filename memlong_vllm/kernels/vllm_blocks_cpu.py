@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from memlong_vllm.kernels.exponentials_cpu import PART
-from memlong_vllm.kernels.numba_threads import flat, njit, prange, use_threads
+from memlong_vllm.kernels.numba_threads import njit, prange
 from memlong_vllm.kernels.online_softmax_cpu import absorb, begin, end
-from memlong_vllm.kernels.vectors_cpu import VECTOR, heads_at_once, num_vectors, put, score_columns, shape_of
+from memlong_vllm.kernels.vectors_cpu import VECTOR, heads_at_once, num_vectors, score_columns, shape_of
+from memlong_vllm.kernels.windows_cpu import first_seen, place_of, window_arguments, write_heads
 
 
 def attend_vllm_blocks(
@@ -35,15 +36,12 @@ def attend_vllm_blocks(
             :func:`memlong_vllm.kernels.few_tokens_cpu.attend_windows`.
         output: [T, H, d], float32 or bfloat16; rows ``token_idx`` are written.
     """
-    use_threads()
-    _, num_kv_heads, block_size, _ = kv_cache.shape
     heads, size = query.shape[1:]
-    group = heads // num_kv_heads
-    arrays = [part for tensor in (query, output, kv_cache, block_table) for part in flat(tensor)]
-    sizes = group, num_kv_heads, block_size, size, window, np.float32(scale)
+    _, num_kv_heads, block_size, _ = kv_cache.shape
     columns = _columns(block_size)
-    together = heads_at_once(group, max(columns, num_vectors(size)))
-    _attend(*arrays, token_idx, sequence_of, positions, *sizes, shape_of(size), together, (0.0,) * columns)
+    together = heads_at_once(heads // num_kv_heads, max(columns, num_vectors(size)))
+    arguments = window_arguments(query, output, kv_cache, block_table, window, scale)
+    _attend(*arguments, token_idx, sequence_of, positions, shape_of(size), together, (0.0,) * columns)
 
 
 def compile_vllm_blocks(heads: int, num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype) -> None:
@@ -60,39 +58,23 @@ def _columns(block_size: int) -> int:
 
 
 @njit(parallel=True, fastmath=True)
-def _attend(
-    query,
-    query_strides,
-    output,
-    output_strides,
-    kv_cache,
-    cache_strides,
-    block_table,
-    table_strides,
-    token_idx,
-    sequence_of,
-    positions,
-    group,
-    num_kv_heads,
-    block_size,
-    size,
-    window,
-    scale,
-    shape,
-    together,
-    columns,
-):
-    at_once = VECTOR * len(columns)
+def _attend(query, output, kv_cache, block_table, sizes, token_idx, sequence_of, positions, shape, together, columns):
+    queries, query_strides = query
+    outputs, output_strides = output
+    cached, cache_strides = kv_cache
+    blocks, table_strides = block_table
+    group, num_kv_heads, size, block_size, window, scale = sizes
+    at_once, scales = VECTOR * len(columns), np.full(group, scale)
     for item in prange(len(token_idx) * num_kv_heads):
         row, kv_head = item // num_kv_heads, item % num_kv_heads
-        query_at = token_idx[row] * query_strides[0] + kv_head * group * query_strides[1]
-        state, scales, scores = begin(group, size), np.full(group, scale), np.empty((group, PART), np.float32)
-        stop = positions[row] + 1
-        first = max(0, stop - window) if window > 0 else 0
+        token, first_head = token_idx[row], kv_head * group
+        query_at = token * query_strides[0] + first_head * query_strides[1]
+        state, scores = begin(group, size), np.empty((group, PART), np.float32)
+        first, stop = first_seen(positions[row], window), positions[row] + 1
         while first < stop:
-            offset = first % block_size
-            block = np.int64(block_table[sequence_of[row] * table_strides[0] + first // block_size])
-            block_at = block * cache_strides[0] + kv_head * cache_strides[1]
+            block_at, offset = place_of(
+                blocks, table_strides, sequence_of[row], first, cache_strides, kv_head, block_size
+            )
             # Scored are all columns that are together with those in the window; the others do not count.
             aligned = offset // at_once * at_once
             skipped = offset - aligned
@@ -100,16 +82,13 @@ def _attend(
             for column in range(0, count, at_once):
                 for head in range(0, group, len(together)):
                     score_columns(
-                        query, query_at + head * query_strides[1], query_strides[1], size,
-                        kv_cache, block_at + aligned + column, block_size,
+                        queries, query_at + head * query_strides[1], query_strides[1], size,
+                        cached, block_at + aligned + column, block_size,
                         scores, head * PART + column, PART, together, columns,
                     )  # fmt: skip
             value_at = block_at + (block_size + aligned) * size
-            absorb(kv_cache, value_at, size, scores, skipped, count, scales, state, shape, together)
+            absorb(cached, value_at, size, scores, skipped, count, scales, state, shape, together)
             first += count - skipped
         attended = np.empty((group, size), np.float32)
         end(state, scales, attended, np.empty(group, np.float32))
-        target = token_idx[row] * output_strides[0] + kv_head * group * output_strides[1]
-        for j in range(group):
-            for e in range(size):
-                put(output, target + j * output_strides[1] + e, attended[j, e])
+        write_heads(outputs, output_strides, token, first_head, attended)
