@@ -7,7 +7,7 @@ All of them have the same backbone, the one inside the MemLong checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,8 @@ TITLES = {
 }
 KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Workloads whose prompts are known but for their ends; and those whose texts should stay from repetition to
-# repetition, or much would be computed again that nobody measures.
-KNOWN, LASTING = ("decode", "document", "spread", "aligned"), ("decode",)
+# Workloads whose prompts are known but for their ends.
+KNOWN = ("decode", "document", "spread", "aligned")
 # Blocks of the KV cache have at most so many tokens; a window needs one more at either end.
 BLOCK_TOKENS = 128
 WARM_UP_ANSWER = 4
@@ -181,28 +180,22 @@ class Contenders:
         cells, token_bytes = self._cells[name], self._token_bytes(name)
         limit = self.options.kv_bytes - (self._bank_bytes(name) if name == MEMLONG else 0)
         if name not in WINDOWED:
-            return min(self._together(cells, lambda cell: _in_blocks(cell, cell.kv_tokens)) * token_bytes, limit)
+            return min(max(_in_blocks(cell, cell.kv_tokens) for cell in cells) * token_bytes, limit)
         least = max(cell.batch * self._window_tokens(cell) for cell in cells)
         least += self.options.max_num_batched_tokens + BLOCK_TOKENS
         known = [cell for cell in cells if cell.workload in KNOWN]
-        wanted = self._together(known, lambda cell: _in_blocks(cell, cell.kv_tokens)) if known else 0
+        wanted = max((_in_blocks(cell, cell.kv_tokens) for cell in known), default=0)
         return max(min(wanted * token_bytes, limit), least * token_bytes)
 
     def _window_tokens(self, cell: Cell) -> int:
         """That a sequence of a windowed engine holds, but for those of a step."""
         return min(cell.longest, self.memory.local_window) + 2 * BLOCK_TOKENS
 
-    @staticmethod
-    def _together(cells: Sequence[Cell], size: Callable[[Cell], int]) -> int:
-        """Of what must be held at once: of all cells whose texts are the same in every repetition, or one other."""
-        lasting = [size(cell) for cell in cells if cell.workload in LASTING]
-        return max([sum(lasting), *(size(cell) for cell in cells if cell.workload not in LASTING)])
-
     def _bank_bytes(self, name: str) -> int:
         slot_bytes = self.memory.chunk_size * self._token_bytes(name) // self.config.num_hidden_layers
         cells, step = self._cells[name], self.options.max_num_batched_tokens
         memory = replace(self.memory, memory_size=0) if name == OFF else self.memory
-        slots = self._together(cells, lambda cell: cell.batch * max_sequence_slots(memory, cell.longest, step))
+        slots = max(cell.batch * max_sequence_slots(memory, cell.longest, step) for cell in cells)
         longest = max(cell.longest for cell in cells)
         return (slots + max_sequence_slots(memory, longest, step) + 1) * slot_bytes
 

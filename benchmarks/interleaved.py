@@ -38,9 +38,10 @@ class Turns:
 class InterleavedRun:
     """All engines run at once, each in its process and idle but in its turn; so a busy machine
     slows all of them alike. Which goes first changes from repetition to repetition, each of which
-    has all cells, so that lengths can be compared as well as engines. What is compared is of one
-    run: where an earlier one was stopped before all engines had their turn, or where an engine that
-    failed in it does not now, the others have theirs again."""
+    has all cells, so that lengths can be compared as well as engines. Each repetition starts engines
+    anew, as two processes that do the same differ by several per cent for as long as they live. What
+    is compared is of one run: where an earlier one was stopped before all engines had their turn, or
+    where an engine that failed in it does not now, the others have theirs again."""
 
     def __init__(self, file: MeasurementFile, contenders: Contenders, measure: MeasureCell, turns: Turns) -> None:
         self._file, self._contenders, self._measure, self._turns = file, contenders, measure, turns
@@ -59,9 +60,13 @@ class InterleavedRun:
                     self._take_turns(cell, repetition)
                     if self._discard_older(cell, repetition):
                         self._take_turns(cell, repetition)
+                self._stop_engines()
         finally:
-            for engine in self._running.values():
-                engine.stop()
+            self._stop_engines()
+
+    def _stop_engines(self) -> None:
+        while self._running:
+            self._running.popitem()[1].stop()
 
     def _begin_turns(self, cell: Cell, repetition: int) -> None:
         """Forget the rows of an earlier run if it did not get to all engines."""
