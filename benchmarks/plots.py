@@ -1,4 +1,5 @@
-"""Plots of results files: a picture a file, a panel a measure, a line an engine and batch."""
+"""Plots of results files: a picture a file, a panel a measure, a line an engine and batch; where there is
+one length only, batches are what the axis has."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path |
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=2 + 2 * columns,
+        ncols=(2, 6)[columns - 1],
         fontsize="small",
         frameon=False,
     )
@@ -66,15 +67,18 @@ def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path |
 def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
     rows, engines = content["rows"], list(content["models"])
     found = sizes(rows, measure.workload)
-    batches = sorted({row["batch"] for row in rows})  # Of the whole picture, which has one legend.
+    is_by_batch = len({length for length, _ in found}) == 1 < len(found)
+    along, other = (1, 0) if is_by_batch else (0, 1)
+    # Of the whole picture, which has one legend.
+    others = [found[0][0]] if is_by_batch else sorted({row["batch"] for row in rows})
     scale = MIB if "bytes" in measure.field else 1
     for engine in engines:
-        for batch, (style, marker) in zip(batches, LOOKS * len(batches), strict=False):
-            points = [(size[0], of(rows, measure, engine, size)) for size in found if size[1] == batch]
-            points = [(length, value) for length, value in points if value is not None]
+        for same, (style, marker) in zip(others, LOOKS * len(others), strict=False):
+            points = [(size[along], of(rows, measure, engine, size)) for size in found if size[other] == same]
+            points = [(place, value) for place, value in points if value is not None]
             if not points:
                 continue
-            lengths, medians = [length for length, _ in points], [value.median / scale for _, value in points]
+            places, medians = [place for place, _ in points], [value.median / scale for _, value in points]
             errors = [
                 [(value.median - value.low) / scale for _, value in points],
                 [(value.high - value.median) / scale for _, value in points],
@@ -86,14 +90,15 @@ def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
                 "markersize": 5,
                 "capsize": 2,
             }
-            axes.errorbar(lengths, medians, yerr=errors, label=f"{engine}, batch {batch}", **look)
-    _mark_losses(rows, measure, engines, axes, scale)
-    lengths = sorted({length for length, _ in found})
+            label = engine if is_by_batch else f"{engine}, batch {same}"
+            axes.errorbar(places, medians, yerr=errors, label=label, **look)
+    _mark_losses(rows, measure, engines, axes, scale, along)
+    places = sorted({size[along] for size in found})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xticks(places, [f"{place:,}" for place in places])
     axes.minorticks_off()
     _scale_y(axes)
-    axes.set_xlabel("tokens of context")
+    axes.set_xlabel(f"sequences of {found[0][0]:,} tokens" if is_by_batch else "tokens of context")
     axes.set_title(measure.title.replace("bytes", "MiB"), fontsize="medium")
     axes.grid(alpha=0.3)
 
@@ -112,22 +117,22 @@ def _scale_y(axes: Any) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _mark_losses(rows: Any, measure: Measure, engines: list[str], axes: Any, scale: float) -> None:
+def _mark_losses(rows: Any, measure: Measure, engines: list[str], axes: Any, scale: float, along: int) -> None:
     """Rings around MemLong's points where an alternative is better, and crosses at the lower edge
     where an engine could not be measured."""
     rings, crosses = [], []
     for size in sizes(rows, measure.workload):
         mine = of(rows, measure, "memlong", size)
         if mine is not None and loses_to(rows, measure, size, engines):
-            rings.append((size[0], mine.median / scale))
+            rings.append((size[along], mine.median / scale))
         for engine in engines:
             if of(rows, measure, engine, size) is None and skip_reason(rows, measure.workload, engine, size):
-                crosses.append((size[0], engine))
+                crosses.append((size[along], engine))
     if rings:
         look = {"facecolors": "none", "edgecolors": "#e00000", "linewidths": 1.5, "zorder": 5}
         axes.scatter(*zip(*rings, strict=True), s=110, label="MemLong loses", **look)
     order = list(ENGINE_COLOURS)
-    for length, engine in sorted(set(crosses)):
+    for position, engine in sorted(set(crosses)):
         place, colour = 0.03 + 0.03 * order.index(engine), ENGINE_COLOURS[engine]
         look = {"marker": "x", "s": 26, "color": colour, "transform": axes.get_xaxis_transform()}
-        axes.scatter([length], [place], label=f"{engine}: some batch not measured", **look)
+        axes.scatter([position], [place], label=f"{engine}: not measured", **look)
