@@ -118,9 +118,11 @@ class Contenders:
         engine.ask(prompts=[[(0, self.warm_up_tokens(name))]], max_tokens=WARM_UP_ANSWER, salts=["warm-up"])
 
     def warm_up_tokens(self, name: str) -> int:
-        """A prompt's, of which some leave the window and are retrieved, if the engine takes so many."""
+        """A prompt's, of which some leave the window and are retrieved, and which fills a step, so that the memory
+        of its tensors has been written to; if the engine takes so many."""
         longest: int = self.settings(name)["max_model_len"]
-        return min(longest - WARM_UP_ANSWER, self.memory.local_window + 3 * self.memory.retrieval_stride)
+        wanted = self.memory.local_window + 3 * self.memory.retrieval_stride
+        return min(longest - WARM_UP_ANSWER, max(wanted, self.options.max_num_batched_tokens))
 
     def model(self, name: str) -> Path:
         if name in (*OURS, AUTHORS):
