@@ -3,10 +3,11 @@ one length only, batches are what the axis has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from summaries import MEASURES, Measure, loses_to, of, sizes, skip_reason
+from summaries import MEASURES, Measure, Spread, loses_to, of, sizes, skip_reason
 
 from memlong_vllm.evaluation.reports import COLOURS
 
@@ -49,7 +50,7 @@ def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path |
     entries: dict[str, Any] = {}
     for place, measure in enumerate(measures):
         axes = figure.add_subplot(rows, columns, place + 1)
-        _panel(content, measure, axes)
+        panel(content, measure, axes)
         handles, labels = axes.get_legend_handles_labels()
         entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
     figure.legend(
@@ -64,7 +65,8 @@ def draw(content: dict[str, Any], fields: tuple[str, ...], path: Path) -> Path |
     return path
 
 
-def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
+def panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
+    """Draw a measure on matplotlib's ``axes``: along lengths, or along batches where there is one length only."""
     rows, engines = content["rows"], list(content["models"])
     found = sizes(rows, measure.workload)
     is_by_batch = len({length for length, _ in found}) == 1 < len(found)
@@ -74,24 +76,10 @@ def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
     scale = MIB if "bytes" in measure.field else 1
     for engine in engines:
         for same, (style, marker) in zip(others, LOOKS * len(others), strict=False):
-            points = [(size[along], of(rows, measure, engine, size)) for size in found if size[other] == same]
-            points = [(place, value) for place, value in points if value is not None]
-            if not points:
-                continue
-            places, medians = [place for place, _ in points], [value.median / scale for _, value in points]
-            errors = [
-                [(value.median - value.low) / scale for _, value in points],
-                [(value.high - value.median) / scale for _, value in points],
-            ]
-            look = {
-                "color": ENGINE_COLOURS[engine],
-                "linestyle": style,
-                "marker": marker,
-                "markersize": 5,
-                "capsize": 2,
-            }
+            spreads = {size[along]: of(rows, measure, engine, size) for size in found if size[other] == same}
+            look = {"color": ENGINE_COLOURS[engine], "linestyle": style, "marker": marker}
             label = engine if is_by_batch else f"{engine}, batch {same}"
-            axes.errorbar(places, medians, yerr=errors, label=label, **look)
+            _line(spreads, scale, axes, label=label, **look)
     _mark_losses(rows, measure, engines, axes, scale, along)
     places = sorted({size[along] for size in found})
     axes.set_xscale("log", base=2)
@@ -101,6 +89,16 @@ def _panel(content: dict[str, Any], measure: Measure, axes: Any) -> None:
     axes.set_xlabel(f"sequences of {found[0][0]:,} tokens" if is_by_batch else "tokens of context")
     axes.set_title(measure.title.replace("bytes", "MiB"), fontsize="medium")
     axes.grid(alpha=0.3)
+
+
+def _line(spreads: Mapping[int, Spread | None], scale: float, axes: Any, **look: Any) -> None:
+    """Medians by their place on the axis, with ranges; nothing if none is known."""
+    known = {place: value for place, value in spreads.items() if value is not None}
+    if known:
+        medians = [value.median / scale for value in known.values()]
+        below = [(value.median - value.low) / scale for value in known.values()]
+        above = [(value.high - value.median) / scale for value in known.values()]
+        axes.errorbar(list(known), medians, yerr=[below, above], markersize=5, capsize=2, **look)
 
 
 def _scale_y(axes: Any) -> None:

@@ -16,7 +16,9 @@ from engine_process import EngineError
 from goals import WHOLE_STEP, goals, retrieval_costs
 from interleaved import InterleavedRun, Turns
 from ledger_step import ledger_times
+from matplotlib.figure import Figure
 from measurement_file import MeasurementFile, read_results
+from plots import panel
 from report import write_report
 from retrieval import by_kind
 from summaries import MEASURES, Measure, loses_to, ratio
@@ -379,6 +381,21 @@ def test_goals_about_retrieval() -> None:
     assert cost["whole_percent"] == pytest.approx((4.0 - 48.0) / 2)
     ledger = found["ledger and plan of a step, 64 sequences"]
     assert (ledger.value, ledger.is_met) == (pytest.approx(0.3), False)  # Of its two kinds of steps the worse.
+
+
+@pytest.mark.parametrize("is_by_batch", [False, True])
+def test_batches_of_one_length_are_drawn_along_the_axis(is_by_batch: bool) -> None:
+    axes = Figure().add_subplot()
+    cells = [(2048, 1), (2048, 8)] if is_by_batch else [(2048, 1), (8192, 1), (2048, 8)]
+    rows = [row for size in cells for row in rows_of({"memlong": 90, "full": 50}, "decode", *size, "tokens")]
+    panel({"rows": rows, "models": {"memlong": {}, "full": {}}}, Measure("decode", "tokens", "Tokens"), axes)
+    drawn = {bars.get_label(): list(bars.lines[0].get_xdata()) for bars in axes.containers}
+    if is_by_batch:
+        assert drawn == {"memlong": [1, 8], "full": [1, 8]}
+        assert axes.get_xlabel() == "sequences of 2,048 tokens"
+    else:
+        lengths = {"batch 1": [2048, 8192], "batch 8": [2048]}
+        assert drawn == {f"{name}, {batch}": lengths[batch] for name in ("memlong", "full") for batch in lengths}
 
 
 def test_a_report_says_where_memlong_loses_and_what_is_missing(throughput_results: Path) -> None:
