@@ -22,6 +22,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
 from memlong_vllm.config import (
@@ -69,7 +70,15 @@ def rotary_embedding(config: MemLongConfig, padded_dim: int, max_position: int) 
     if rotary.cos_sin_cache.shape[0] < max_position:
         reach = rotary.cos_sin_cache.shape[0]
         raise ValueError(f"RoPE {parameters} reaches {reach} positions, not {max_position}: lower --max-model-len")
+    if current_platform.is_cpu() and not _is_rotated_by_cpu_kernel(rotary):
+        rotary.__dict__["forward_cpu"] = rotary.__dict__["_forward_method"] = rotary.forward_native
     return rotary
+
+
+def _is_rotated_by_cpu_kernel(rotary: RotaryEmbedding) -> bool:
+    """vLLM's kernel for CPUs writes eight bfloat16 at once, and the process ends with a segmentation
+    fault where the second half of a row does not begin at a multiple of these 16 bytes."""
+    return rotary.dtype is not torch.bfloat16 or rotary.rotary_dim // 2 % 8 == 0
 
 
 class MemLongAttention(nn.Module):
