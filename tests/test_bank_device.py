@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from memlong_vllm.config import MemLongConfig, memory_bytes
 from memlong_vllm.plan import ChunkLoad, ChunkSave, StepPlan
+from memlong_vllm.worker.bank import MemoryBank
 from memlong_vllm.worker.step_memory import StepMemory
+from memlong_vllm.worker.transfer import RankHeads
 from tests.checkpoints import novel
 from tests.engines import Engine, Reference, assert_parity, logprobs_of
 from tests.test_engine_processes import check
@@ -235,3 +238,15 @@ def test_the_v2_runner_with_a_bank_in_host_memory(checkpoints: Any, tmp_path: Pa
     options = json.dumps({"memlong": {"bank_device": "cpu", "staging_tokens": 32}})
     rows = check(checkpoints.memlong(), tmp_path, "--v2", "--options", options)
     assert rows[-1]["runner"] == "vllm.v1.worker.cpu.model_runner"
+
+
+def test_memory_is_taken_at_the_start() -> None:
+    """vLLM gives the KV cache what a worker does not have in use by then."""
+    device, process = torch.device("cpu"), psutil.Process()
+    before = process.memory_info().rss
+    bank = MemoryBank(400, 128, 4, 64, torch.float32, device)
+    memory = StepMemory(bank, 50, 8, 64, 400 * 128, RankHeads(0, 1, 0))
+    num_bytes = memory.num_bytes()
+    for part in ("bank", "working_set", "staging"):
+        assert num_bytes[part] > 80 << 20  # So much that it comes from the system, not from what was freed before.
+    assert process.memory_info().rss - before > 0.95 * sum(num_bytes.values())

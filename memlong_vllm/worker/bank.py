@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from memlong_vllm.worker.host_memory import allocate as allocate_on
+
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-"""(shape, dtype) -> an uninitialised tensor that the rank's device reads and writes."""
+"""(shape, dtype) -> a tensor of whatever contents that the rank's device reads and writes."""
 
 
 class MemoryBank:
@@ -36,7 +39,7 @@ class MemoryBank:
     ) -> None:
         shape = (num_kv_heads, num_slots, chunk_size, head_dim)
         self.is_on_device = allocate is None
-        allocate = allocate or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+        allocate = allocate or partial(allocate_on, device=device)
         self.chunk_size = chunk_size
         self.keys = allocate(shape, dtype)
         self.values = allocate(shape, dtype)

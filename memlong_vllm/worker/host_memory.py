@@ -1,4 +1,7 @@
-"""Host memory that a GPU reads and writes in place. No part of it has been run on a GPU yet."""
+"""Memory of the workers' buffers, and of the host's where a GPU reads and writes it in place.
+
+Nothing of this has been run on a GPU yet.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,21 @@ from collections.abc import Callable
 import torch
 
 
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of whatever contents, whose memory is taken now.
+
+    Of the host's memory the system would hand out each page when it is first written: steps would
+    wait for it, and vLLM, which on CPUs leaves to the KV cache what the process does not use yet,
+    would count it as free.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    return tensor.zero_() if device.type == "cpu" else tensor
+
+
 def allocate_host(
     shape: tuple[int, ...], dtype: torch.dtype, view: Callable[[torch.Tensor], torch.Tensor] | None
 ) -> torch.Tensor:
-    """An uninitialised tensor in host memory.
+    """A tensor of whatever contents in host memory, which is taken now.
 
     With ``view``, its pages are pinned by ``cudaHostRegister``: PyTorch's own allocator of pinned
     memory would round the size up to a power of two.
@@ -25,9 +39,9 @@ def allocate_host(
     Raises:
         RuntimeError: if the memory cannot be pinned.
     """
-    tensor = torch.empty(math.prod(shape), dtype=dtype, device="cpu")
     if view is None:
-        return tensor.view(shape)
+        return allocate(shape, dtype, torch.device("cpu"))
+    tensor = torch.empty(math.prod(shape), dtype=dtype, device="cpu")
     runtime = torch.cuda.cudart()
     address = tensor.data_ptr()
     error = runtime.cudaHostRegister(address, tensor.nbytes, 0)

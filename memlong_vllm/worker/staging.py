@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from memlong_vllm.worker.bank import MemoryBank
+from memlong_vllm.worker.host_memory import allocate
 
 
 class Staging:
@@ -20,8 +21,8 @@ class Staging:
         self._bank = bank
         self.num_tokens = num_tokens
         shape = (num_tokens * num_heads * head_dim,)
-        self._keys = torch.empty(shape, dtype=bank.keys.dtype, device=bank.device)
-        self._values = torch.empty_like(self._keys)
+        self._keys = allocate(shape, bank.keys.dtype, bank.device)
+        self._values = allocate(shape, bank.keys.dtype, bank.device)
 
     @property
     def num_bytes(self) -> int:

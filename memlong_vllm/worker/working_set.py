@@ -12,6 +12,7 @@ import torch
 from memlong_vllm.plan import ReadSpan, StepPlan
 from memlong_vllm.worker.adapted_chunks import AdaptedChunks
 from memlong_vllm.worker.bank import MemoryBank
+from memlong_vllm.worker.host_memory import allocate
 from memlong_vllm.worker.index_tensors import index_tensor
 from memlong_vllm.worker.step_buffers import Stored
 
@@ -81,8 +82,8 @@ class WorkingSet:
         num_heads, _, chunk_size, head_dim = bank.keys.shape
         num_layers = 1 if adapted is None else len(adapted.layers)
         shape = (num_layers, num_rows, num_heads, top_k * chunk_size, head_dim)
-        self.keys = torch.empty(shape, dtype=bank.keys.dtype, device=bank.device)
-        self.values = torch.empty_like(self.keys)
+        self.keys = allocate(shape, bank.keys.dtype, bank.device)
+        self.values = allocate(shape, bank.keys.dtype, bank.device)
         self.num_gathers = 0
         self.num_reuses = 0
         self._bank = bank
