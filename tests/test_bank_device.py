@@ -43,16 +43,14 @@ def one_after_the_other(engine: Engine, prompts: list[list[int]]) -> list[tuple[
 
 
 NUM_LAYERS = 3
-SLOW = ("gated", "joint")  # The other one goes the same ways and the adapter's.
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_bank_may_be_in_host_memory(
     start_engine: Callable[..., Engine], checkpoints: Any, tokens: list[int], variant: str
 ) -> None:
-    """Not one bit differs; and it is the reference's answer, alone and in batches."""
+    """The same tokens, and log-probabilities but for roundings: kernels on CPUs read a bank in place and
+    gathered chunks in other orders. And it is the reference's answer, alone and in batches."""
     model = checkpoints.memlong(**VARIANTS[variant])
     prompts = [tokens[:211], tokens[300:390], tokens[900:1301]]
     expected = one_after_the_other(start_engine(model), prompts)
@@ -61,7 +59,7 @@ def test_the_bank_may_be_in_host_memory(
         one_after_the_other(engine, prompts), expected, strict=True
     ):
         assert ids == expected_ids
-        assert torch.equal(logprobs, expected_logprobs)
+        assert (logprobs - expected_logprobs).abs().max() <= TINY
     reference = Reference(model)
     for output in engine.generate(prompts, max_tokens=50):
         assert_parity(output, reference, TINY)
