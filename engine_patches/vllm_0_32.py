@@ -15,6 +15,8 @@ Patches, each with its reason and the change in vLLM that would make it needless
   Until schedulers can answer utility calls themselves.
 * ``triton_utils.dispatcher``: its search of all modules for kernels fails on objects of llvmlite,
   which Numba loads, whose ``__dict__`` is none. Until it looks at dictionaries only.
+* ``to_beam_search_params`` of completion and chat requests: refuses what the request asks of its
+  memory, which the beams would not get. Until they get ``extra_args``.
 * ``AsyncLLM._add_streaming_input_request``: refuses a session before it reaches the engine, which
   would otherwise take each later piece for a request of its own. Until sessions are supported.
 """
@@ -25,6 +27,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.sampling_params import SamplingParams
@@ -36,7 +40,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from engine_patches.vllm_0_32_config import MemLongEngineConfig
 from memlong_vllm.config import ARCHITECTURE, request_limits, resolve
-from memlong_vllm.request_settings import RequestSettings, RequestSettingsError
+from memlong_vllm.request_settings import OURS, RequestSettings, RequestSettingsError
 from memlong_vllm.scheduler.output import MemLongSchedulerOutput
 
 _applied = False
@@ -53,6 +57,7 @@ def apply() -> None:
         return
     MODELS_CONFIG_MAP[ARCHITECTURE] = MemLongEngineConfig
     _patch_request_validation()
+    _patch_beam_search()
     _patch_v1_runner()
     _patch_v2_runner()
     _patch_streaming_input()
@@ -97,6 +102,21 @@ def _check_settings(vllm_config: Any, params: SamplingParams) -> None:
     if settings.memory_write is not None and params.stop:
         # The front end finds them, and all the engine hears of it is an abort.
         raise RequestSettingsError("memory_write does not go with stop strings: use stop_token_ids or max_tokens")
+
+
+def _patch_beam_search() -> None:
+    for request_class in (CompletionRequest, ChatCompletionRequest):
+        request_class.to_beam_search_params = _without_settings(request_class.to_beam_search_params)
+
+
+def _without_settings(to_params: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(to_params)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if lost := sorted(name for name in self.vllm_xargs or {} if name.startswith(OURS)):
+            raise BadRequestError(f"use_beam_search: beams get no vllm_xargs, so {lost} would do nothing. Leave it out")
+        return to_params(self, *args, **kwargs)
+
+    return wrapper
 
 
 def _is_memlong(runner: Any) -> bool:

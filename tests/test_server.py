@@ -138,6 +138,45 @@ def test_a_client_that_hangs_up(server: Server) -> None:
     server.assert_becomes_empty()
 
 
+def test_settings_of_a_request(server: Server) -> None:
+    """They reach the engine: another memory gives other probabilities, and what cannot be is named."""
+
+    def likelihood(**settings: Any) -> float:
+        options = {"vllm_xargs": settings, "ignore_eos": True}
+        answer = server.client.completions.create(
+            model="tiny", prompt=novel()[5000:6500], max_tokens=1, temperature=0, logprobs=1, extra_body=options
+        )
+        return answer.choices[0].logprobs.token_logprobs[0]
+
+    by_default = likelihood()
+    assert likelihood(memory_size=512, top_k=2) == by_default
+    assert len({by_default, likelihood(top_k=1), likelihood(memory_size=0)}) == 3
+    for settings, message in (
+        ({"memory_size": 8}, "memory_size"),
+        ({"top_k": 99}, "top_k"),
+        ({"memory_seize": 0}, "seize"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            likelihood(**settings)
+    server.assert_becomes_empty()
+
+
+def test_beam_search(server: Server) -> None:
+    """As vLLM does it: every token of every beam is a request. They get no settings, so none are taken."""
+    beams = {"use_beam_search": True, "ignore_eos": True}
+    answer = server.client.completions.create(
+        model="tiny", prompt=novel()[5000:6500], n=2, max_tokens=4, temperature=0, extra_body=beams
+    )
+    assert len({choice.text for choice in answer.choices}) == 2
+    with pytest.raises(openai.BadRequestError, match=r"use_beam_search.*memory_write"):
+        complete(server, novel()[:1500], extra_body=beams | {"vllm_xargs": {"memory_write": "book"}})
+    with pytest.raises(openai.BadRequestError, match=r"use_beam_search.*top_k"):
+        server.client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "a"}], extra_body=beams | {"vllm_xargs": {"top_k": 1}}
+        )
+    server.assert_becomes_empty()
+
+
 def test_invalid_requests_change_nothing(server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match="2048"):
         complete(server, novel()[:50000])
