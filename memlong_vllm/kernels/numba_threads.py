@@ -4,11 +4,13 @@ where its threads are counted before it is imported."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,20 +38,31 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Numba's decorator, with its cache on disk where one can be kept: beside the package or in the
     user's cache folder. Divisions by 0 are as in NumPy.
 
-    The cache of a kernel notices changes of the kernel's own file only, not of what it calls elsewhere: remove
-    it (``*.nbi``) when that has changed.
+    Numba would use what is cached until the kernel's own file changes; this also notices changes of
+    what a kernel calls or takes constants from.
     """
 
     options["error_model"] = "numpy"
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, **options)(function)
+            kernel = numba.njit(cache=True, **options)(function)
+            cached = kernel._cache._cache_file
+            cached._source_stamp = cached._source_stamp, _sources_digest()
+            return kernel
         except RuntimeError as error:
             logger.warning("%s is compiled at every start: %s. Set NUMBA_CACHE_DIR", function.__name__, error)
             return numba.njit(**options)(function)
 
     return decorate
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Of all files that kernels are compiled from."""
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("*.py")), folder.parent / "worker" / "step_buffers.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def use_threads() -> None:
