@@ -76,9 +76,10 @@ def rotary_embedding(config: MemLongConfig, padded_dim: int, max_position: int) 
 
 
 def _is_rotated_by_cpu_kernel(rotary: RotaryEmbedding) -> bool:
-    """vLLM's kernel for CPUs writes eight bfloat16 at once, and the process ends with a segmentation
-    fault where the second half of a row does not begin at a multiple of these 16 bytes."""
-    return rotary.dtype is not torch.bfloat16 or rotary.rotary_dim // 2 % 8 == 0
+    """vLLM's kernel for CPUs writes eight numbers of 16 bits at once, and the process ends with a segmentation
+    fault where the second half of a row does not begin at a multiple of these 16 bytes: in bfloat16, and in
+    float16 but for what its compiler made of the same store."""
+    return rotary.dtype.itemsize != 2 or rotary.rotary_dim // 2 % 8 == 0
 
 
 class MemLongAttention(nn.Module):
