@@ -81,9 +81,14 @@ class VllmScorer:
 
     @staticmethod
     def _kv_bytes(spec: ModelSpec, settings: ScorerSettings) -> int:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
         config = spec.config
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         num_kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        # MemLong pads heads to a size that vLLM's attention takes.
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        head_dim = min((size for size in sizes if size >= head_dim), default=head_dim)
         itemsize = 4 if settings.dtype == "float32" else 2
         token_bytes = config["num_hidden_layers"] * 2 * num_kv_heads * head_dim * itemsize
         # Blocks are of up to 128 tokens; a window needs one more at either end.
