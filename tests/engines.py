@@ -171,15 +171,20 @@ def assert_parity(output: RequestOutput, reference: Reference, tolerance: float,
 
 
 def assert_answer(
-    output: RequestOutput, reference: Reference, tolerance: float, named: Sequence[NamedMemory] = ()
+    output: RequestOutput,
+    reference: Reference,
+    tolerance: float,
+    named: Sequence[NamedMemory] = (),
+    index: int = 0,
+    greedy: bool = True,
 ) -> None:
-    """The completion is as long as asked for, and its log-probabilities are those of the reference,
+    """Completion ``index`` is as long as asked for, and its log-probabilities are those of the reference,
     which shares nothing."""
-    prompt, completion = list(output.prompt_token_ids), output.outputs[0]
+    prompt, completion = list(output.prompt_token_ids), output.outputs[index]
     assert completion.finish_reason == "length", completion.stop_reason
     answer = list(completion.token_ids)
     logits = reference.logits(prompt + answer, len(prompt), named=named)[len(prompt) - 1 : -1]
-    assert answer == logits.argmax(-1).tolist()
+    assert not greedy or answer == logits.argmax(-1).tolist()
     expected = logits.log_softmax(-1)[torch.arange(len(answer)), answer]
     measured = torch.tensor([entry[token].logprob for entry, token in zip(completion.logprobs, answer, strict=True)])
     difference = (measured - expected).abs().max().item()

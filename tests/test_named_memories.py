@@ -66,6 +66,31 @@ def test_reads_join_the_top_k(
     engine.assert_empty()
 
 
+def test_readers_with_settings_of_their_own(
+    start_engine: Any, checkpoints: Any, tokens: list[int], tmp_path: Path
+) -> None:
+    """Less memory and smaller sets than the server's, and several answers to one prompt; with padded heads."""
+    shape = {"head_dim": 100}
+    engine = start(start_engine, checkpoints.memlong(shape=shape), tmp_path / "memories")
+    write(engine, "book", tokens[2000:2700])
+    prompt, settings = tokens[100:400], ({}, {"top_k": 1}, {"memory_size": 128}, {"memory_size": 0, "top_k": 1})
+    requests = [ask(engine, prompt, memory_read="book", **changed) for changed in settings]
+    sampled = engine.add(
+        prompt, n=2, temperature=1, prompt_logprobs=None, max_tokens=40, extra_args={"memory_read": "book"}
+    )
+    outputs = engine.run()
+    for request, changed in zip(requests, settings, strict=True):
+        reference = Reference(checkpoints.memlong(shape=shape, **changed))
+        assert_answer(outputs[request], reference, TINY, [reference.memorize(tokens[2000:2700])])
+    assert len({tuple(outputs[request].outputs[0].token_ids) for request in requests}) >= 3
+    reference = Reference(checkpoints.memlong(shape=shape))
+    named = [reference.memorize(tokens[2000:2700])]
+    for index in range(2):
+        assert_answer(outputs[sampled], reference, TINY, named, index, greedy=False)
+    assert len({tuple(completion.token_ids) for completion in outputs[sampled].outputs}) == 2
+    engine.assert_empty()
+
+
 def test_a_memory_outlives_the_engine_and_grows(
     start_engine: Any, model: Path, reference: Reference, tokens: list[int], tmp_path: Path
 ) -> None:
