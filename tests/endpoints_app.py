@@ -14,7 +14,7 @@ from memlong_vllm.endpoints.archives import ArchiveTransfers
 from memlong_vllm.endpoints.engine import EngineMemories
 from memlong_vllm.endpoints.state import MemLongState
 from memlong_vllm.endpoints.tenants import OwnSalts, Tenancy, ring_of
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.operations import perform
 
 MEMORIES = "/memlong/memories"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.pending import PendingWrite
 from tests.memory_files import FORMAT, PLENTY, WAIT_S, commit, save_shards
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.manifest import Manifest
 from memlong_vllm.memories.memory_format import MemoryFormat
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.pending import PendingWrite
 from memlong_vllm.memories.quota import Quota
 from memlong_vllm.memories.shards import ShardReader, write_shard

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from tests.memory_files import FORMAT, PLENTY, WAIT_S, files_expected, files_under, opened, seeds_in
 
 NUM_KILLS = 36

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlong_vllm.memories.errors import MemoryDamagedError, UnknownMemoryError
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from tests.memory_files import FORMAT, PLENTY, WAIT_S, append, files_expected, files_under, opened, read, seeds_in
 
 

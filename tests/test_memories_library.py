@@ -15,7 +15,7 @@ from memlong_vllm.memories.errors import (
     MemoryWriteError,
     UnknownMemoryError,
 )
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.memories.shards import write_shard
 from tests.memory_files import (

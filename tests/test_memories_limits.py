@@ -18,7 +18,7 @@ from memlong_vllm.memories.errors import (
     MemoryLibraryError,
     QuotaExceededError,
 )
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.memories.quota import Quota
 from tests.memory_files import (

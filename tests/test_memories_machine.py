@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memlong_vllm.memories.errors import MemoryExistsError, UnknownMemoryError
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.memories.pending import PendingWrite
 from memlong_vllm.memories.snapshot import OpenMemory

@@ -18,8 +18,8 @@ from memlong_vllm.memories.errors import (
     MemoryDamagedError,
     MemoryNameError,
 )
-from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.manifest import decode
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder, validate_name, validate_tenant
 from tests.memory_files import (
     FORMAT,

@@ -14,7 +14,7 @@ import uvicorn
 
 from memlong_vllm.cli import main as console
 from memlong_vllm.endpoints.tenants import HeaderTenants, KeyTenants, Tenancy
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder, tenant_salt
 from tests.endpoints_app import make_app
 from tests.memory_files import FORMAT, PLENTY, append, read

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from memlong_vllm.endpoints.archives import FOLDER, ArchiveTransfers
 from memlong_vllm.endpoints.errors import EndpointError
 from memlong_vllm.endpoints.tenants import OwnSalts
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.memories.quota import Quota
 from tests.endpoints_app import MEMORIES, STATS, bearer, kind, make_client, names

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from memlong_vllm.memories import library as library_module
+from memlong_vllm.memories import named_library as library_module
 from memlong_vllm.memories import tickets
 from memlong_vllm.memories.errors import MemoryLibraryBusyError, MemoryLibraryError
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.memories.operations import perform
 from memlong_vllm.memories.quota import Quota

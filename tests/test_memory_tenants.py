@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 from memlong_vllm.config import MemoryConfigError
 from memlong_vllm.endpoints import middleware
 from memlong_vllm.endpoints.tenants import HeaderTenants, KeyTenants
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder, tenant_salt
 from tests.endpoints_app import MEMORIES, bearer, kind, make_client, names
 from tests.memory_files import FORMAT, PLENTY, append

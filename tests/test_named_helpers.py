@@ -14,7 +14,7 @@ from vllm import SamplingParams
 
 import memlong_vllm
 from memlong_vllm.memories.errors import MemoryExistsError, MemoryNameError, MemoryWriteError, UnknownMemoryError
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.named import perform, split, wait_until_written
 from tests.checkpoints import novel
 

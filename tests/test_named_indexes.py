@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from memlong_vllm.memories.index import CorpusIndex
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.request_settings import RequestSettings
 from memlong_vllm.scheduler.named_memories import NamedIndex, NamedMemories, NamedUse
 from memlong_vllm.scheduler.slots import SlotPool

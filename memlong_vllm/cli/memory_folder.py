@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memlong_vllm.memories.errors import MemoryLibraryError
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.names import tenant_folder
 from memlong_vllm.memories.operations import describe
 from memlong_vllm.named import Memory, memorize, perform

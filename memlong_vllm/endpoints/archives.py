@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from memlong_vllm.endpoints.errors import EndpointError, library_error
 from memlong_vllm.memories.errors import MemoryDamagedError, MemoryLibraryError
-from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.manifest import MAX_BYTES
+from memlong_vllm.memories.named_library import MemoryLibrary
 
 # In the library's folder: a tenant's folder is never called so.
 FOLDER = ".uploads"

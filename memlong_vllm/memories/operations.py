@@ -14,7 +14,7 @@ from typing import Any
 from memlong_vllm.memories.catalogue import MemoryInfo
 from memlong_vllm.memories.errors import MemoryLibraryError, UnknownMemoryError
 from memlong_vllm.memories.index_settings import IndexSettingsError, check_index_settings
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.tickets import Work
 
 Arguments = dict[str, Any]

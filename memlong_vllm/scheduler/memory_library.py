@@ -11,8 +11,8 @@ import numpy as np
 
 from memlong_vllm.config import GIB, resolve
 from memlong_vllm.memories.fingerprint import model_fingerprint
-from memlong_vllm.memories.library import MemoryLibrary
 from memlong_vllm.memories.memory_format import MemoryFormat
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.quota import Quota
 
 UNLIMITED = 1 << 62

@@ -18,7 +18,7 @@ import numpy as np
 
 from memlong_vllm.memories.errors import MemoryWriteError
 from memlong_vllm.memories.index import CorpusIndex
-from memlong_vllm.memories.library import MemoryLibrary
+from memlong_vllm.memories.named_library import MemoryLibrary
 from memlong_vllm.memories.pending import PendingWrite
 from memlong_vllm.memories.snapshot import OpenMemory
 from memlong_vllm.plan import ChunkLoad, ChunkSave
