@@ -113,7 +113,9 @@ def _without_settings(to_params: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(to_params)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if lost := sorted(name for name in self.vllm_xargs or {} if name.startswith(OURS)):
-            raise BadRequestError(f"use_beam_search: beams get no vllm_xargs, so {lost} would do nothing. Leave it out")
+            raise BadRequestError(
+                f"use_beam_search: beams get no vllm_xargs, and {lost} would be lost. Leave either out"
+            )
         return to_params(self, *args, **kwargs)
 
     return wrapper

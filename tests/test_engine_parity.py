@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 import pytest
-import torch
 from vllm.model_executor.layers.attention import Attention
 
 from memlong_vllm.local_attention_cpu import CPUWindowBackend
@@ -246,7 +245,6 @@ def test_backbones(start_engine: Any, checkpoints: Any, tokens: list[int], shape
     engine.assert_empty()
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="is what the other tests run on")
 def test_without_avx512(
     monkeypatch: pytest.MonkeyPatch, start_engine: Any, model: Any, reference: Reference, tokens: list[int]
 ) -> None:
