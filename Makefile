@@ -66,4 +66,4 @@ format: setup
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
-	find . -name '*.nb[ic]' -delete  # Numba's cache: it does not notice edits of what a kernel calls
+	find . -name "*.nb[ic]" -delete  # Numba's cache
