@@ -37,6 +37,9 @@ class Case:
         block: tokens of a chunk that a program attends to at once; None: the kernel's own choice.
         max_programs: for splits: programs there should be at most; None: the kernel's own choice.
         in_rows: whether decoding sequences have rows in the working set.
+        only_decodes: one token of every sequence that reads, and one of them reads a slot that the step writes, so that
+            it has no row.
+        gate: of every head; None: a random one.
         num_adapted_chunks: kept as adapters made them.
     """
 
@@ -49,6 +52,8 @@ class Case:
     in_rows: bool = True
     is_on_device: bool = True
     num_adapted_chunks: int = NUM_SLOTS
+    only_decodes: bool = False
+    gate: float | None = None
 
 
 FUSIONS = {
@@ -75,13 +80,18 @@ for i, name in enumerate(FUSIONS):
         CASES[f"{name}_{half}"] = Case(HEADS[shape], HALVES[half], memory=FUSIONS[name])
 for name in ("gated", "gated_chunk", "joint"):
     base = Case(HEADS["head100"], memory=FUSIONS[name])
-    # Three blocks a chunk, the last of which is not full; more splits than a short set has units.
+    # Three blocks a chunk, the last of which is not full; at the first launch more splits than a short set has units.
     CASES[f"{name}_blocks"] = replace(base, dtype=torch.float32, chunk_size=40, block=16, max_programs=20)
+    CASES[f"{name}_decode_slots"] = Case(memory=FUSIONS[name], only_decodes=True)
+    split = replace(base, dtype=torch.float32, chunk_size=40, block=16, max_programs=40)
+    CASES[f"{name}_decode_slots_split"] = replace(split, only_decodes=True)
     CASES[f"{name}_gathered"] = Case(memory=FUSIONS[name], in_rows=False)
     CASES[f"{name}_staged"] = Case(memory=FUSIONS[name], is_on_device=False)
     adapter = {"memory_adapter": "linear", "memory_adapter_width": 2 if name == "joint" else 1}
     CASES[f"{name}_adapted"] = Case(memory=FUSIONS[name] | adapter)
     CASES[f"{name}_adapted_gathered"] = Case(memory=FUSIONS[name] | adapter, in_rows=False)
+CASES["gated_closed"] = Case(gate=0.0)
+CASES["gated_closed_bfloat16"] = Case(HEADS["head100"], torch.bfloat16, gate=0.0)
 
 
 @dataclass
@@ -126,6 +136,8 @@ class Run:
         # As FlashAttention has it: heads first.
         self.lse = self.draw(heads.num_heads, self.num_tokens, dtype=torch.float32).T
         self.gate, self.bias = self.draw(heads.num_heads), self.draw(heads.num_heads)
+        if case.gate is not None:
+            self.gate.fill_(case.gate)
         angles = 6 * self.draw(NUM_POSITIONS, heads.rotary_dim // 2, dtype=torch.float32)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(case.dtype)
 
@@ -134,7 +146,7 @@ class Run:
 
     def _sequences(self) -> list[SequencePlan]:
         """Prefill with two spans of other lengths and sets, prefill and decoding without memory, and
-        decoding with whole and smaller sets. Nobody reads the slot that is written."""
+        decoding with whole and smaller sets. The slot that is written is read by ``only_decodes`` alone."""
 
         def decoding(name: str, position: int, *slots: int) -> SequencePlan:
             reads = (ReadSpan(position, position + 1, slots, position - 9, len(name)),) if slots else ()
@@ -145,10 +157,12 @@ class Run:
         local = SequencePlan("local", 3, 5, (6,) * 2, ())
         writing = (6,) * (30 // self.case.chunk_size + 1)
         whole, part = decoding("a", 31, 5, 0, 2), decoding("bb", 40, 3)
+        if self.case.only_decodes:
+            return [whole, local, decoding("dddd", 33, 6), decoding("ccc", 12), part, decoding("eeeee", 50, 4, 6, 1)]
         return [whole, local, SequencePlan("prefill", 0, 28, writing, prefill), decoding("ccc", 12), part]
 
-    def run(self) -> torch.Tensor:
-        """The output, for layer 1, with the kernel."""
+    def begin_step(self) -> RetrievalKernel:
+        """Have the plan's step staged; the kernel, as the case asks for it."""
         kernel = RetrievalKernel(self.case.heads, self.config, TOP_K, self.case.dtype, DEVICE)
         if self.case.block is not None:
             shapes = (replace(shape, block_memory=self.case.block) for shape in (kernel.decode, kernel.prefill))
@@ -158,17 +172,22 @@ class Run:
         lengths = [sequence.end - sequence.start for sequence in self.plan.sequences]
         self.memory.stage(self.plan)
         self.memory.begin_step([sequence.request_id for sequence in self.plan.sequences], np.cumsum([0, *lengths]))
-        output = self.output.clone()
+        return kernel
+
+    def run(self) -> list[torch.Tensor]:
+        """The output of each of two launches, for layer 1, with the kernel."""
+        kernel, outputs = self.begin_step(), []
         bias = self.bias if self.config.memory_bias else None
         lse = None if self.config.fusion == "gated" else self.lse
         # A span without tokens, as behind those of a step, and one without chunks.
         empty = torch.tensor([[0, 0, 0, 0, 0], [0, 1, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
         for padding in (empty[:0], empty):  # The second launch finds the kernel's own buffers as the first left them.
-            output.copy_(self.output)
+            output = self.output.clone()
             for spans, stored in self.memory.stored(1):
                 padded = replace(spans, table=torch.cat((spans.table, padding)))
                 kernel.attend(self.query, output, padded, stored, self.cos_sin, self.gate, bias, lse)
-        return output
+            outputs.append(output)
+        return outputs
 
     def expected(self) -> torch.Tensor:
         """The same span by span, in float32, from the plan."""
@@ -225,13 +244,13 @@ class Run:
 
 def check(case: Case) -> dict[str, Any]:
     run = Run(case)
-    actual, expected = run.run().float(), run.expected()
+    outputs, expected = [output.float() for output in run.run()], run.expected()
     is_written = expected != run.output.float()
-    assert is_written.any()
+    assert is_written.any() == (case.gate != 0)
     return {
-        "difference": (actual - expected).abs()[is_written].max().item(),
+        "difference": max((output - expected).abs().max().item() for output in outputs),
         "changed": (expected - run.output.float()).abs().max().item(),
-        "rest_is_untouched": torch.equal(actual[~is_written], expected[~is_written]),
+        "rest_is_untouched": all(torch.equal(output[~is_written], expected[~is_written]) for output in outputs),
     }
 
 

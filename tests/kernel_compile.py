@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +24,10 @@ from memlong_vllm.kernels.launcher import RetrievalKernel
 from memlong_vllm.worker.step_buffers import Spans, Stored
 
 CPU = torch.device("cpu")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 CHUNK, TOP_K = 128, 8
 MODELS = {"openllama-3b": HeadShape(32, 32, 100, 104, 100), "llama-3-8b": HeadShape(32, 8, 128, 128, 128)}
+MODELS |= {"demo": HeadShape(9, 3, 64, 64, 64), "wide": HeadShape(16, 8, 256, 256, 256)}
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -40,6 +45,11 @@ LAUNCHES = {
     "prefill_3b_chunk": (80, "openllama-3b", torch.bfloat16, "gated", "chunk", 128, 4, "slots"),
     "prefill_8b": (90, "llama-3-8b", torch.bfloat16, "scaled_logits", "all", 128, 4, "slots"),
     "prefill_8b_rows": (80, "llama-3-8b", torch.bfloat16, "joint", "all", 128, 4, "rows"),
+    "prefill_8b_chunk": (80, "llama-3-8b", torch.float16, "gated", "chunk", 128, 4, "rows"),
+    "prefill_demo_joint": (80, "demo", torch.bfloat16, "joint", "all", 128, 4, "slots"),
+    "prefill_8b_float32": (80, "llama-3-8b", torch.float32, "joint", "all", 128, 4, "slots"),
+    "prefill_wide_joint": (80, "wide", torch.bfloat16, "joint", "all", 128, 4, "slots"),
+    "decode_wide_chunk": (80, "wide", torch.bfloat16, "gated", "chunk", 1, 4, "slots"),
     "decode_3b_float32": (80, "openllama-3b", torch.float32, "joint", "all", 1, 200, "rows"),
 }
 
@@ -83,6 +93,16 @@ def record(
     return recorder
 
 
+def spilled_bytes(binary: bytes) -> int:
+    """Of a thread's stack: what the assembler could not keep in registers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        said = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    (stack,), (local,) = (re.findall(rf"{kind}:(\d+)", said) for kind in ("STACK", "LOCAL"))
+    return int(stack) + int(local)
+
+
 def compile_launch(capability: int, *launch: Any) -> dict[str, Any]:
     recorder = record(*launch)
     options = {name: recorder.kwargs.pop(name) for name in ("num_warps", "num_stages")}
@@ -110,7 +130,7 @@ def compile_launch(capability: int, *launch: Any) -> dict[str, Any]:
         "copy_bytes": sorted(
             {int(width, 16) for width in re.findall(r"cp\.async\.c[ag]\S* .*, 0x([0-9a-f]+);?", assembly)}
         ),
-        "has_spills": ".local" in assembly,
+        "spilled_bytes": spilled_bytes(compiled.asm["cubin"]),
         "matrix_products": assembly.count("mma.sync") + assembly.count("wgmma.mma_async"),
     }
 

@@ -15,7 +15,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from memlong_vllm.kernels import launcher
+from tests import kernel_check
+from tests.kernel_check import Run
+
 FUSIONS = ("gated", "gated_chunk", "joint", "joint_bias", "scaled", "scaled_bias")
+VARIANTS = ("blocks", "decode_slots", "decode_slots_split", "gathered", "staged", "adapted", "adapted_gathered")
 CASES = (
     *FUSIONS,
     *(f"{fusion}_{dtype}" for fusion in FUSIONS for dtype in ("bfloat16", "float16")),
@@ -24,12 +29,9 @@ CASES = (
         for fusion in ("gated", "joint")
         for heads in ("head100", "head64_group3", "head128_group4", "partly_rotated")
     ),
-    *(
-        f"{fusion}_{variant}"
-        for fusion in ("gated", "gated_chunk", "joint")
-        for variant in ("blocks", "gathered", "staged", "adapted", "adapted_gathered")
-    ),
+    *(f"{fusion}_{variant}" for fusion in ("gated", "gated_chunk", "joint") for variant in VARIANTS),
 )
+CLOSED = ("gated_closed", "gated_closed_bfloat16")
 # Results are rounded to the type they are written in, weights and queries to that of the chunks.
 TOLERANCES = {"bfloat16": 4e-2, "float16": 5e-3}
 
@@ -64,7 +66,7 @@ def test_the_benchmark_asks_kernel_and_pytorch_the_same() -> None:
 
 
 def test_all_cases_are_measured(measured: dict[str, Any]) -> None:
-    assert sorted(measured) == sorted(CASES)
+    assert sorted(measured) == sorted((*CASES, *CLOSED))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,14 +77,52 @@ def test_the_kernel_agrees_with_the_plain_arithmetic(measured: dict[str, Any], c
     assert measured[case]["rest_is_untouched"]
 
 
+@pytest.mark.parametrize("case", CLOSED)
+def test_gates_of_zero_leave_the_local_output_as_it_is(measured: dict[str, Any], case: str) -> None:
+    assert measured[case] == {"difference": 0.0, "changed": 0.0, "rest_is_untouched": True}
+
+
+class Launches:
+    """In the kernel's place: how it would have been compiled, launch by launch."""
+
+    def __init__(self) -> None:
+        self.found: set[tuple[tuple[str, Any], ...]] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Launches:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.found.add(tuple(sorted(kwargs.items())))
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, run: Run, kernel: Any, reads: Any) -> set[tuple[tuple[str, Any], ...]]:
+    launches = Launches()
+    with monkeypatch.context() as patched:
+        patched.setattr(launcher, "retrieval_attention", launches)
+        for spans, stored in reads:
+            kernel.attend(run.query, run.output, spans, stored, run.cos_sin, run.gate)
+    return launches.found
+
+
+@pytest.mark.parametrize("name", ["gated", "gated_gathered", "gated_decode_slots", "gated_decode_slots_split"])
+def test_steps_launch_what_the_warm_up_has_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So no request waits for a compiler."""
+    run = Run(kernel_check.CASES[name])
+    kernel = run.begin_step()
+    step = launched(monkeypatch, run, kernel, run.memory.stored(1))
+    assert step
+    assert step <= launched(monkeypatch, run, kernel, run.memory.nothing_stored(kernel.take_warm_up_spans()))
+    assert kernel.take_warm_up_spans() == ()
+
+
 def test_the_kernel_compiles_for_gpus() -> None:
     """Also without one: into tensor core products (but for float32), chunks copied ahead in the
     widest pieces that their rows allow, and all of it in the shared memory of a consumer card."""
     compiled = run("tests.kernel_compile", interpreted=False)
-    assert len(compiled) == 8
+    assert len(compiled) == 13
     for name, facts in compiled.items():
         assert facts["shared_bytes"] <= 99 << 10, name
-        assert not facts["has_spills"], name
+        assert facts["spilled_bytes"] == 0, name
         assert max(facts["copy_bytes"]) == (8 if "3b" in name and "float32" not in name else 16), name
         assert (facts["matrix_products"] > 0) == ("float32" not in name), name
         assert facts["is_split"] == (name.startswith("decode") and "float32" not in name), name

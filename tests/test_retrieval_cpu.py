@@ -181,6 +181,15 @@ def test_chunks_of_any_size(chunk_size: int, in_slots: bool) -> None:
     check(Case(SHAPES["group3"], torch.float32, SPANS, chunk_size, in_slots=in_slots), "joint", torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["rows", pytest.param("spans", marks=needs_avx512)])
+def test_gates_of_zero_leave_the_local_output_as_it_is(kind: str) -> None:
+    reads = ROWS if kind == "rows" else SPANS
+    case = Case(SHAPES["group3"], torch.float32, reads, 16, in_slots=kind == "spans")
+    case.gate.zero_()
+    kernel = CPURetrievalKernel(case.heads, replace(MEMORY, fusion="gated", chunk_size=16), torch.float32)
+    assert torch.equal(case.run(kernel, has_bias=False, has_lse=False), case.output)
+
+
 NO_LSE = """
 import torch
 from memlong_vllm.kernels.retrieval_cpu import CPURetrievalKernel

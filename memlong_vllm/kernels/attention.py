@@ -10,15 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from memlong_vllm.worker import step_buffers
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Columns of the span table: see memlong_vllm.worker.step_buffers.
-FIRST_ENTRY = tl.constexpr(0)
-NUM_TOKENS = tl.constexpr(1)
-NUM_CHUNKS = tl.constexpr(2)
-FIRST_SLOT = tl.constexpr(3)
-ROW = tl.constexpr(4)
-NUM_COLUMNS = tl.constexpr(5)
+# Columns of the span table.
+FIRST_ENTRY = tl.constexpr(step_buffers.FIRST_ENTRY)
+NUM_TOKENS = tl.constexpr(step_buffers.NUM_TOKENS)
+NUM_CHUNKS = tl.constexpr(step_buffers.NUM_CHUNKS)
+FIRST_SLOT = tl.constexpr(step_buffers.FIRST_SLOT)
+ROW = tl.constexpr(step_buffers.ROW)
+NUM_COLUMNS = tl.constexpr(step_buffers.NUM_COLUMNS)
 
 
 # These change from step to step, and nothing is faster for what they are divisible by; and the spans
@@ -285,8 +287,10 @@ def _fuse(
     local = tl.load(targets, mask=mask, other=0.0).to(tl.float32)
     memory = attended if PER_CHUNK else attended / total[:, None]
     if FUSION == 0:
-        # tanh; exactly 0 at a gate of 0.
-        weight = 2.0 * _sigmoid(2.0 * gate) - 1.0
+        # tanh; exactly 0 at a gate of 0, however division is rounded.
+        power = tl.exp(-2.0 * tl.abs(gate))
+        weight = (1.0 - power) / (1.0 + power)
+        weight = tl.where(gate < 0.0, -weight, weight)
         fused = local + weight[:, None] * memory
     else:
         lse = (peak + tl.log2(total)) * LN2

@@ -61,11 +61,11 @@ class RetrievalKernel:
         self._block_dim = max(16, triton.next_power_of_2(heads.head_dim))
         block_memory = max(16, _BLOCK_BYTES // (self._block_dim * dtype.itemsize))
         block_memory = min(block_memory, 128, max(16, triton.next_power_of_2(memory.chunk_size)))
-        prefill_rows = 128 if dtype.itemsize == 2 else 32
+        # As many as keep all in registers, with a softmax a chunk and with a log-sum-exp as well.
+        prefill_rows, prefill_warps = (64, 8) if dtype.itemsize == 2 else (16, 4)
         self.decode = LaunchShape(max(1, 16 // block_group), block_memory, num_warps=4, num_stages=3)
-        self.prefill = LaunchShape(
-            max(1, prefill_rows // block_group), block_memory, num_warps=prefill_rows // 16, num_stages=2
-        )
+        prefill_tokens = max(1, prefill_rows // block_group)
+        self.prefill = LaunchShape(prefill_tokens, block_memory, num_warps=prefill_warps, num_stages=2)
         self.constants = {
             "FUSION": self._fusion,
             "PER_CHUNK": self._is_per_chunk,
