@@ -39,7 +39,8 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     user's cache folder. Divisions by 0 are as in NumPy.
 
     Numba would use what is cached until the kernel's own file changes; this also notices changes of
-    what a kernel calls or takes constants from.
+    what a kernel calls or takes constants from. Where that cannot be had, for want of a folder or
+    in a Numba that is made otherwise, nothing is cached.
     """
 
     options["error_model"] = "numpy"
@@ -50,7 +51,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             cached = kernel._cache._cache_file
             cached._source_stamp = cached._source_stamp, _sources_digest()
             return kernel
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             logger.warning("%s is compiled at every start: %s. Set NUMBA_CACHE_DIR", function.__name__, error)
             return numba.njit(**options)(function)
 
