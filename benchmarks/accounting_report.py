@@ -18,7 +18,8 @@ def accounting_tables(content: dict[str, Any]) -> str:
     parts = [_title(content["settings"]), markdown_table(header, lines)]
     runs = [row for row in rows if row["workload"] == RUN]
     if runs:
-        parts.append(markdown_table(["run here", "prefill tokens/s", "decode tokens/s", "peak RSS"], map_runs(runs)))
+        header = ["run here", "prefill tokens/s", "decode tokens/s", "peak RSS"]
+        parts.append(markdown_table(header, [_run_line(row) for row in runs]))
     return "\n".join(parts)
 
 
@@ -47,17 +48,16 @@ def _line(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def map_runs(runs: list[dict[str, Any]]) -> list[list[str]]:
+def _run_line(row: dict[str, Any]) -> list[str]:
+    name = f"{row['model']}, {row['length']:,} x {row['batch']}"
+    if "skipped" in row:
+        return [name, row["skipped"], "", ""]
+    decode = row["decode_tokens_per_s"]
     return [
-        [
-            f"{row['model']}, {row['length']:,} x {row['batch']}",
-            f"{row['prefill_tokens_per_s']:.3g}",
-            "" if row["decode_tokens_per_s"] is None else f"{row['decode_tokens_per_s']:.3g}",
-            _gib(row["peak_rss_bytes"]),
-        ]
-        if "skipped" not in row
-        else [f"{row['model']}, {row['length']:,} x {row['batch']}", row["skipped"], "", ""]
-        for row in runs
+        name,
+        f"{row['prefill_tokens_per_s']:.3g}",
+        "" if decode is None else f"{decode:.3g}",
+        _gib(row["peak_rss_bytes"]),
     ]
 
 

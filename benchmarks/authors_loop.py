@@ -90,7 +90,8 @@ class AuthorsLoop:
                 break
             logits = self._forward([token], cache)
         counters = {"embedded_texts": self._num_embedded, "embed_seconds": self._embed_seconds}
-        return TokenTimes([len(token_ids)], [0], [times], times[-1], cache_bytes(cache), counters).as_dict()
+        noted = {"peak_bytes": cache_bytes(cache), "counters": counters}
+        return TokenTimes([len(token_ids)], [0], [times], total_s=times[-1], **noted).as_dict()
 
     def _forward(self, token_ids: list[int], cache: MemLongCache) -> torch.Tensor:
         """[vocabulary], of the last token."""

@@ -29,7 +29,8 @@ TITLES = {
     INT8: "full attention, int8 KV cache",
     WINDOW: "sliding window only, stock vLLM",
     OFF: "MemLong that remembers nothing (memory_size 0): its attention, and no memory",
-    AUTHORS: "the authors' loop in transformers, without the maps of memory that theirs has not",
+    AUTHORS: "a loop like the authors', around this project's plain reference model in transformers (not their code; "
+    "attention is written out, without fused kernels), and without the maps of memory that theirs has not",
 }
 KV_DTYPES = {FP8: "fp8", INT8: "int8_per_token_head"}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -14,14 +14,13 @@ from typing import Any
 
 import command_line
 from cells import Cell
-from contenders import AUTHORS, FP8, FULL, MEMLONG, WARM_UP_ANSWER, WINDOW, Contenders
+from contenders import AUTHORS, WARM_UP_ANSWER, Contenders
 from example_text import DOCUMENT, STRIDE
 from server_process import ServerProcess
 
 from memlong_vllm.evaluation.models import load_tokenizer
 
 SIZES = [(4096, 10)]
-ENGINES = (MEMLONG, WINDOW, FULL, FP8, AUTHORS)
 # Of the tokenizer's margin: prompts are cut by their tokens, and may be cut otherwise as text.
 SPARE_TOKENS = 64
 
@@ -67,7 +66,7 @@ class Prompts:
 
 
 def main() -> None:
-    parser = command_line.parser(__doc__, ENGINES)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     parser.add_argument("--rate", type=float, default=0.04, help="requests a second; what the slowest can just serve")
     parser.set_defaults(repetitions=2)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import vllm_engine
 from accounting_report import ACCOUNTING, RUN, accounting_tables
-from contenders import MEMLONG
+from contenders import BLOCK_TOKENS, MEMLONG
 from engine_process import EngineError, EngineProcess
 from example_text import STRIDE
 from measurement_file import MeasurementFile
@@ -41,7 +41,6 @@ MODELS = {
 }
 PRESET = "paper"
 STEP_TOKENS = 512
-BLOCK_TOKENS = 128
 
 
 def account(file: MeasurementFile, arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from summaries import MEASURES, Measure, Spread, loses_to, of, sizes, skip_reason
+from summaries import MEASURES, MIB, Measure, Spread, loses_to, of, sizes, skip_reason
 
 from memlong_vllm.evaluation.reports import COLOURS
 
@@ -27,7 +27,6 @@ FIGURES = {
     "latency": ("ttft_p50_s", "itl_p50_ms", "itl_p99_ms"),
     "memory": ("peak_bytes_total",),
 }
-MIB = 1 << 20
 LARGE_FACTOR = 4
 
 

@@ -18,12 +18,11 @@ from cells import Size
 from goals import goals, retrieval_costs
 from measurement_file import read_results
 from plots import FIGURES, draw
-from summaries import MEASURES, Measure, Spread, loses_to, measured, of, ratio, sizes, skip_reason
+from summaries import MEASURES, MIB, Measure, Spread, loses_to, measured, of, ratio, sizes, skip_reason
 
 from memlong_vllm.evaluation.reports import markdown_table
 
 COMPARED = ("full", "window")
-MIB = 1 << 20
 # Files of what is not how an engine would be set up for speed: little memory, short steps.
 NO_GOALS = ("fixed_memory",)
 
@@ -177,7 +176,10 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
         "Medians, and in brackets the least and the most of the repetitions. So are ratios: each is of the turns that "
     )
     intro += "two engines took in one repetition.\n"
-    parts = ["# Benchmarks\n", intro, "## Goals\n", goal_table(contents), *pictures]
+    parts = ["# Benchmarks\n", intro, "## Goals\n", goal_table(contents)]
+    if left_out := [path.name for path in contents if path.stem in NO_GOALS]:
+        parts.append(f"Left out of the goals, for little memory and short steps: {', '.join(left_out)}.\n")
+    parts += pictures
     parts += [section(content, path) for path, content in contents.items()]
     output.write_text("\n".join(parts), encoding="utf-8")
     return [output, *images]

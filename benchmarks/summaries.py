@@ -9,6 +9,7 @@ from typing import Any
 
 from cells import Size
 
+MIB = 1 << 20
 Row = dict[str, Any]
 Turn = tuple[int, int]
 """Run of the benchmark, and repetition in it. What is compared was measured in the same one."""
@@ -38,6 +39,7 @@ MEASURES = {
         Measure("prefill", "known_prefill_tokens_per_s", "Prefill with embeddings known: tokens/s"),
         Measure("prefill", "tokens_per_s", "Long prompts and short answers, end to end: tokens/s"),
         Measure("prefill", "peak_bytes_total", "Held by requests at the peak: bytes", more_is_better=False),
+        Measure("prefill", "peak_running", "Sequences under way at once, at the peak"),
         Measure("decode", "decode_tokens_per_s", "Decode: tokens/s of all sequences"),
         Measure("document", "first_question_s", "A document and its first question: s", more_is_better=False),
         Measure("document", "later_questions_per_s", "Later questions about the same document: questions/s"),

@@ -56,6 +56,7 @@ def prefill(name: str, engine: EngineProcess, cell: Cell, repetition: int, with_
         again = TokenTimes(**engine.ask(max_tokens=1, forget_prefixes=True, **request))
         measures |= {"known_prefill_tokens_per_s": num_prompt / again.prompts_s, "known_counters": again.counters}
     measures |= {"peak_bytes": result.peak_bytes, "peak_bytes_total": sum(result.peak_bytes.values())}
+    measures |= {"peak_running": result.peak_running}
     return measures | {"counters": result.counters}
 
 

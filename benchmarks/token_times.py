@@ -19,6 +19,7 @@ class TokenTimes:
         times: of each request, when each of its tokens came.
         total_s: until the last token.
         peak_bytes: what was in use, by kind, when most was.
+        peak_running: requests that were under way at once when most were; None if it was not counted.
         counters: what the engine counted meanwhile, by name.
         steps: of a vLLM engine that was asked for them, see :mod:`vllm_engine`.
     """
@@ -28,6 +29,7 @@ class TokenTimes:
     times: list[list[float]]
     total_s: float = 0.0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    peak_running: int | None = None
     counters: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
 

@@ -105,6 +105,7 @@ class VllmEngine:
                     raise RuntimeError(f"a request failed: {ended.finish_reason} {ended.stop_reason or ''}")
             result.total_s = now
             self._note_bytes(result.peak_bytes)
+            result.peak_running = max(result.peak_running or 0, self._steps[-1]["num_running"])
         result.counters = {name: value - before[name] for name, value in self._counters().items()}
         if with_steps:
             ended = time.perf_counter()
@@ -146,9 +147,9 @@ def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
     """Note every call of a scheduler in ``steps``. Times in ms.
 
     A step has ``began_s`` (of ``time.perf_counter``), ``num_tokens``, ``num_sequences``,
-    ``num_searches``, ``num_holds`` and ``num_embedding``, texts that are being embedded beside the step
-    (0 in stock vLLM); ``schedule_ms``, of ``schedule()``;
-    ``stock_ms``, the part of vLLM's own scheduler in it; ``update_ms`` and ``stock_update_ms``
+    ``num_running`` (all that are under way, of which a step need not serve each), ``num_searches``, ``num_holds`` and
+    ``num_embedding``, texts that are being embedded beside the step (0 in stock vLLM); ``schedule_ms``, of
+    ``schedule()``; ``stock_ms``, the part of vLLM's own scheduler in it; ``update_ms`` and ``stock_update_ms``
     likewise of ``update_from_output()``.
     """
     spent = {"schedule": 0.0, "update_from_output": 0.0}
@@ -172,6 +173,7 @@ def observe_steps(scheduler: Any, steps: list[dict[str, Any]]) -> None:
                 "stock_ms": 1000 * spent["schedule"],
                 "num_tokens": output.total_num_scheduled_tokens,
                 "num_sequences": len(output.num_scheduled_tokens),
+                "num_running": len(scheduler.running),
                 "num_searches": counters.searches - searches,
                 "num_holds": counters.holds - holds,
                 "num_embedding": num_embedding,

@@ -65,6 +65,10 @@ def test_lengths_are_compared_within_a_run(throughput_results: Path) -> None:
     rows = [row for row in rows if row["engine"] == "memlong"]
     (flat,) = (goal for goal in goals([("file", "throughput", rows)]) if goal.name == name)
     assert (flat.value, flat.is_met) == (pytest.approx(100 * (90 / 85 - 1)), True)
+    assert flat.detail == "file: batch 1, of the cost at 8,192: 65,536: 1.06 (1.06-1.06, n=2)"
+    cheaper = [row | {"prefill_tokens_per_s": 170 if row["length"] == 65536 else 90} for row in rows]
+    (flat,) = (goal for goal in goals([("file", "throughput", cheaper)]) if goal.name == name)
+    assert (flat.value, flat.is_met) == (pytest.approx(100 * (1 - 90 / 170)), False), "a cheaper one is not flat either"
     # The second repetition's rows at 64k are of another run, in which everything was slower.
     for row in rows:
         if (row["length"], row["repetition"]) == (65536, 1):
@@ -90,6 +94,7 @@ def test_goals_about_retrieval() -> None:
     share = found["the retrieval step, of a step in which some sequence retrieves"]
     assert (share.value, share.is_met) == (pytest.approx(120 / 104), False)
     assert "the whole step +4.00 %" in share.detail
+    assert "of the step that it is compared with, +1.10 %" in share.detail  # Of 100 ms, 1.0 and 1.2.
     whole = found[WHOLE_STEP]
     assert (whole.value, whole.is_met) == (pytest.approx(4.0), False)
     # Beside a slower repetition's plain steps they would be compared with other ones.

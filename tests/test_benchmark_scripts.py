@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import paper_scale
 import pytest
+import throughput
+import torch
 from accounting_report import ACCOUNTING
+from goals import retrieval_costs
 from measurement_file import read_results
 from report import write_report
 
@@ -138,19 +142,48 @@ def test_an_index_of_clusters_is_measured_against_the_exact_one(tmp_path: Path) 
     assert some <= every == 1.0  # With all clusters searched.
 
 
+SHORT = ["--lengths", 256, "--answer", 8]
+RETRIEVAL = ["--lengths", 512, "--ledger-length", 256, "--ledger-steps", 40]
+
+
+def measures_of(content: dict[str, Any]) -> set[tuple[str, str]]:
+    """(engine, workload) of what was measured."""
+    return {(row["engine"], row["workload"]) for row in content["rows"] if "skipped" not in row}
+
+
+def test_latency_is_measured(model: Path, tmp_path: Path) -> None:
+    words = ["--model", model, *TINY, *SHORT, "--batches", 2, "--engines", "memlong", "full"]
+    content = run("latency.py", tmp_path / "latency.json", *words)
+    assert measures_of(content) == {("memlong", "burst"), ("full", "burst")}
+    for row in content["rows"]:
+        assert 0 < row["ttft_p50_s"] <= row["ttft_max_s"] < row["total_s"]
+        assert 0 < row["itl_p50_ms"] <= row["itl_p99_ms"] <= row["itl_max_ms"]
+
+
+def test_time_in_the_scheduler_is_measured(model: Path, tmp_path: Path) -> None:
+    content = run("retrieval.py", tmp_path / "retrieval.json", "--model", model, *TINY, "--batches", 2, *RETRIEVAL)
+    assert {("memlong", workload) for workload in ("spread", "aligned", "ledger")} <= measures_of(content)
+    costs = retrieval_costs(content["rows"])
+    assert {cost["workload"] for cost in costs} == {"spread", "aligned"}
+    assert all(cost["steps"] > 0 and 0 < cost["own_ms"] < cost["whole_ms"] for cost in costs)
+
+
 @pytest.mark.slow
 def test_every_benchmark_runs_with_every_contender(model: Path, tmp_path: Path) -> None:
     common = ["--model", model, *TINY, "--batches", 1]
-    short = ["--lengths", 256, "--answer", 8]
-    names = {"throughput": [*short, "--decoded", 24], "latency": short, "memory": short}
-    names["online"] = [*short, "--rate", 5, "--engines", "memlong", "window", "full", "authors"]
-    names["retrieval"] = ["--lengths", 512, "--ledger-length", 256, "--ledger-steps", 40]
+    names = {"throughput": [*SHORT, "--decoded", 24], "latency": SHORT, "memory": SHORT}
+    names["online"] = [*SHORT, "--rate", 5]
+    names["retrieval"] = RETRIEVAL
+    workloads = {"throughput": throughput.WORKLOADS, "latency": ("burst",), "memory": ("held",), "online": ("online",)}
+    has_fp8 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     for name, words in names.items():
         content = run(f"{name}.py", tmp_path / f"{name}.json", *common, *words)
-        missing = {row["engine"]: row["skipped"] for row in content["rows"] if "skipped" in row}
-        allowed = {"fp8", "authors"} if name == "online" else {"fp8"}  # Which some CPUs have not.
-        assert missing.keys() <= allowed, missing
-    words = [*common, *short, "--decoded", 24, "--compiled", "--engines", "memlong", "window"]
+        engines = set(throughput.ENGINES) if name == "throughput" else set(command_line.ALL)
+        engines -= {"authors"} if name == "online" else set()
+        engines -= set() if has_fp8 else {"fp8"}
+        if name in workloads:
+            assert measures_of(content) == {(engine, workload) for engine in engines for workload in workloads[name]}
+    words = [*common, *SHORT, "--decoded", 24, "--compiled", "--engines", "memlong", "window"]
     assert len(run("throughput.py", tmp_path / "compiled.json", *words)["rows"]) == 2 * 3
     words = ["--run", "--shape", model, "--model", model, "--length", 256, "--answer", 8]
     content = run("paper_scale.py", tmp_path / "paper_scale.json", *words)
