@@ -107,7 +107,7 @@ def test_a_memory_outlives_the_engine_and_grows(
     assert_answer(outputs[before], reference, TINY, parts[:1])
     # Chunks of the second write come after those of the first: the order of two memories.
     assert_answer(outputs[after], reference, TINY, parts)
-    assert engine.scheduler._named.library.info("default", "book").num_chunks == 500 // 16 + 400 // 16
+    assert engine.scheduler._named.named_library.info("default", "book").num_chunks == 500 // 16 + 400 // 16
     engine.assert_empty()
 
 
@@ -173,7 +173,7 @@ def test_tenants_do_not_meet(start_engine: Any, model: Path, tokens: list[int], 
         assert "no memory named 'diary'" in why(engine, ask(engine, tokens[:100], salt=salt, memory_read="diary"))
     write(engine, "diary", tokens[500:900], salt="bob")
     assert engine.scheduler._named.flush(30)
-    infos = {s: engine.scheduler._named.library.names(t) for s, t in folders(("alice", "bob", None)).items()}
+    infos = {s: engine.scheduler._named.named_library.names(t) for s, t in folders(("alice", "bob", None)).items()}
     assert [info.num_chunks for info in infos["alice"]] == [300 // 16]
     assert [info.num_chunks for info in infos["bob"]] == [400 // 16]
     assert infos[None] == []
@@ -277,7 +277,7 @@ def test_a_writer_whose_forgotten_chunks_fill_the_bank_is_admitted(
     engine.run()
     write(engine, "all", text)
     assert engine.scheduler._named.flush(60)
-    assert engine.scheduler._named.library.info("default", "all").num_chunks == 560 // 16
+    assert engine.scheduler._named.named_library.info("default", "all").num_chunks == 560 // 16
     engine.assert_empty()
 
 

@@ -131,7 +131,7 @@ class NamedMemories:
         self.num_failed_writes = 0
 
     @property
-    def library(self) -> MemoryLibrary:
+    def named_library(self) -> MemoryLibrary:
         if self._library is None:
             self._library = self._open_library()
         return self._library
@@ -151,13 +151,13 @@ class NamedMemories:
         under_way = {name: self._write_under_way(tenant, name) for name in settings.memory_read}
         for name, write_under_way in under_way.items():
             if write_under_way is None:
-                self.library.info(tenant, name)
+                self.named_library.info(tenant, name)
         write = None
         if settings.memory_write is not None:
             if max_chunks < 1:
                 least = f"a chunk ({self._chunk_size} tokens)"
                 raise MemoryWriteError(f"memory_write: prompt and answer together have less than {least}")
-            write = self.library.begin_write(tenant, settings.memory_write, max_chunks)
+            write = self.named_library.begin_write(tenant, settings.memory_write, max_chunks)
         awaited = [pending for pending in under_way.values() if pending is not None]
         return NamedUse(tenant, settings.memory_read, awaited, write)
 
@@ -177,7 +177,7 @@ class NamedMemories:
         if not all(write.is_done for write in use.awaited):
             return False
         for name in use.names[len(use.reads) :]:
-            use.reads.append(self.library.open(use.tenant, name))
+            use.reads.append(self.named_library.open(use.tenant, name))
         for memory in use.reads:
             if memory.error is not None:
                 raise memory.error
@@ -279,7 +279,7 @@ class NamedMemories:
                 del self._index_users[memory.version]
                 self._retire(self._indexes.pop(memory.version), memory)
         for memory in use.reads:
-            self.library.release(memory)
+            self.named_library.release(memory)
         write = use.write
         if write is None:
             return False

@@ -96,7 +96,7 @@ class MemLongScheduler(Scheduler):
             library, self.ledger.pool, self._memory.chunk_size, vllm_config.parallel_config.tensor_parallel_size
         )
         if deployment.memory_dir is not None:
-            self._named.library  # noqa: B018 (a folder that cannot be used is told of at the start)
+            self._named.named_library  # noqa: B018 (a folder that cannot be used is told of at the start)
 
     # Requests come and go.
 
@@ -389,7 +389,7 @@ class MemLongScheduler(Scheduler):
         }
 
     def memory_operation(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        return perform(self._named.library, operation, arguments)
+        return perform(self._named.named_library, operation, arguments)
 
     def shutdown(self) -> None:
         self._named.shutdown()
