@@ -33,7 +33,7 @@ class MemLongEngineConfig(VerifyAndUpdateConfig):
         _check_tenants(deployment)
         if deployment.memory_dir is not None and vllm_config.parallel_config.data_parallel_size > 1:
             raise ValueError("memlong.memory_dir is one engine's: remove it or --data-parallel-size")
-        for unsupported, message in _refusals(vllm_config):
+        for unsupported, message in _refusals(vllm_config, memory):
             if unsupported:
                 raise ValueError(f"MemLong does not support {message}")
         _check_retriever(memory, vllm_config.model_config.model)
@@ -50,13 +50,17 @@ class MemLongEngineConfig(VerifyAndUpdateConfig):
             _split_graphs(vllm_config)
 
 
-def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+def _refusals(vllm_config: VllmConfig, memory: MemoryConfig) -> list[tuple[bool, str]]:
     """(is it so, what it is) of everything vLLM would accept silently and serve wrongly."""
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
-    scheduler = vllm_config.scheduler_config
+    scheduler, num_kv_heads = vllm_config.scheduler_config, model.get_total_num_kv_heads()
     return [
         (model.runner_type != "generate", f"runner {model.runner_type!r}: use --runner generate"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: use --tensor-parallel-size"),
+        (
+            memory.memory_adapter is not None and parallel.tensor_parallel_size > num_kv_heads,
+            f"memory_adapter with more ranks than key-value heads: use --tensor-parallel-size {num_kv_heads} or less",
+        ),
         (
             parallel.decode_context_parallel_size > 1,
             "decode context parallelism: remove --decode-context-parallel-size",

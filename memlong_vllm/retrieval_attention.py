@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.utils import set_weight_attrs
@@ -85,8 +85,6 @@ class RetrievalAttention(nn.Module):
         if config.memory_bias:
             self.memory_bias = self._head_parameter()
         if config.memory_adapter == "linear":
-            if num_kv_heads * get_tensor_model_parallel_world_size() != total_num_kv_heads:
-                raise ValueError("memory_adapter 'linear' needs at least one key-value head per tensor-parallel rank")
             size = total_num_kv_heads * head_dim
             shape = (size, config.memory_adapter_width * 2 * size)
             self.memory_k_adapter = nn.Parameter(torch.zeros(shape), requires_grad=False)

@@ -67,6 +67,19 @@ def test_refused(model: Path, what: str) -> None:
         config(model, **REFUSED[what])
 
 
+def test_adapters_need_a_head_for_each_rank(checkpoints: Any) -> None:
+    model = checkpoints.memlong(memory_adapter="linear")
+    config(model, tensor_parallel_size=2, **MULTIPROCESSING)
+    with pytest.raises(ValueError, match=r"memory_adapter with more ranks than .* --tensor-parallel-size 2 or less"):
+        config(model, tensor_parallel_size=4, **MULTIPROCESSING)
+
+
+def test_quantised_weights_cannot_be_padded(checkpoints: Any) -> None:
+    model = checkpoints.memlong(shape={"head_dim": 20})
+    with pytest.raises(ValueError, match="head_dim 20 must be padded to 32, which quantized weights do not allow"):
+        vllm.LLM(str(model), quantization="fp8", enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=2**26)
+
+
 def test_sleep_is_refused(model: Path) -> None:
     engine_config = config(model)
     engine_config.model_config.enable_sleep_mode = True  # CPUs have none: vLLM itself would refuse it here.

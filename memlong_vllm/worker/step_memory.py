@@ -153,7 +153,10 @@ class StepMemory:
         from_slots = [(g.spans, g.source) for g in self.metadata.groups if not isinstance(g.source, RowSource)]
         bank = self.bank if self.adapted is None else self.adapted.layers[layer]
         in_place = Stored(bank.keys, bank.values, self.buffers.slots)
-        if bank.is_on_device if self.adapted is None else all(source.is_kept for _, source in from_slots):
+        is_all_in_place = (
+            self.bank.is_on_device if self.adapted is None else all(source.is_kept for _, source in from_slots)
+        )
+        if is_all_in_place:
             yield self.metadata.in_bank, in_place
             return
         for spans, source in from_slots:
