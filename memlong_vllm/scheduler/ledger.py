@@ -81,7 +81,7 @@ class MemoryHandle:
         return own + self.retiring + self.borrowed + self.returning + self.passing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # Not frozen, as parts of a plan are not.
 class Advance:
     """What the ledger decided about some tokens of a sequence.
 
