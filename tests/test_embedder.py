@@ -15,9 +15,13 @@ MAX_LENGTH = 64
 TEXTS = ["The ship had left the harbour.", "Rain.", "Nobody had seen the letter since the winter before last. " * 20]
 
 
+@pytest.mark.parametrize("with_onednn", [False, True])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_vectors_are_those_of_the_plain_model(checkpoints: Checkpoints, pooling: str) -> None:
+def test_vectors_are_those_of_the_plain_model(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, pooling: str, with_onednn: bool
+) -> None:
     """One by one and as a batch with padding; the last text is cut."""
+    monkeypatch.setattr("memlong_vllm.retriever.embedder.is_onednn_faster", lambda: with_onednn)
     folder = checkpoints.retriever
     embedder = load_embedder(RetrieverConfig(folder.name, pooling, MAX_LENGTH), str(folder.parent), "cpu")
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
