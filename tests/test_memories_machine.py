@@ -151,7 +151,7 @@ class LibraryMachine(RuleBasedStateMachine):
             self.named_library.release(memory)
 
     def teardown(self) -> None:
-        if not hasattr(self, "library"):
+        if not hasattr(self, "named_library"):
             return
         for memory, seeds in self.open:
             assert seeds_in(memory) == seeds
