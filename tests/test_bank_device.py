@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -238,13 +239,31 @@ def test_the_v2_runner_with_a_bank_in_host_memory(checkpoints: Any, tmp_path: Pa
     assert rows[-1]["runner"] == "vllm.v1.worker.cpu.model_runner"
 
 
+def num_pages_in_memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """Of the pages that lie wholly in a tensor's storage: how many the system has handed out, and all."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    num_pages = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE
+    flags = (ctypes.c_ubyte * num_pages)()
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.mincore(ctypes.c_void_p(start), ctypes.c_size_t(num_pages * mmap.PAGESIZE), flags) != 0:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return sum(flag & 1 for flag in flags), num_pages
+
+
 def test_memory_is_taken_at_the_start() -> None:
     """vLLM gives the KV cache what a worker does not have in use by then."""
-    device, process = torch.device("cpu"), psutil.Process()
-    before = process.memory_info().rss
-    bank = MemoryBank(400, 128, 4, 64, torch.float32, device)
+    bank = MemoryBank(400, 128, 4, 64, torch.float32, torch.device("cpu"))
     memory = StepMemory(bank, 50, 8, 64, 400 * 128, RankHeads(0, 1, 0))
-    num_bytes = memory.num_bytes()
-    for part in ("bank", "working_set", "staging"):
-        assert num_bytes[part] > 80 << 20  # So much that it comes from the system, not from what was freed before.
-    assert process.memory_info().rss - before > 0.95 * sum(num_bytes.values())
+    parts = {"bank": memory.bank, "working_set": memory.working_set, "staging": memory.staging}
+    for name, part in parts.items():
+        storage = [
+            tensor for tensor in vars(part).values() if isinstance(tensor, torch.Tensor) and tensor.nbytes > 1 << 20
+        ]
+        num_bytes = sum(tensor.nbytes for tensor in storage)
+        assert num_bytes == memory.num_bytes()[name]
+        assert num_bytes > 80 << 20  # So much that it comes from the system, not from what was freed before.
+        for tensor in storage:
+            taken, num_pages = num_pages_in_memory(tensor)
+            assert taken == num_pages
+    taken, num_pages = num_pages_in_memory(torch.empty(32 << 20))
+    assert taken < num_pages // 2  # So the system does not hand out everything anyway.
