@@ -84,8 +84,8 @@ def main() -> None:
     if in_process:
         runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         watch = BufferWatch(runner.get_model())
-    for prompt in (tokens[:211], tokens[300:390], tokens[500:628]):
-        engine.add(prompt, max_tokens=40)
+    for prompt in (tokens[:171], tokens[300:370], tokens[500:596]):
+        engine.add(prompt, max_tokens=30)
 
     preempted: list[int] = []
 

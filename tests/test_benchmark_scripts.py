@@ -51,13 +51,17 @@ def test_the_accounting_needs_no_weights(tmp_path: Path, monkeypatch: pytest.Mon
     assert "openllama-3b" in write_report([output], tmp_path / "report.md")[0].read_text()
 
 
-def test_throughput_runs(model: Path, tmp_path: Path) -> None:
-    words = ["--model", model, *TINY, "--lengths", 320, "--batches", 2, "--answer", 4, "--decoded", 24]
+def test_throughput_runs(checkpoints: Any, tmp_path: Path) -> None:
+    """The authors' loop leaves the checkpoint's maps of memory out."""
+    model = checkpoints.memlong(memory_adapter="linear", memory_adapter_width=2)
+    words = ["--model", model, *TINY, "--lengths", 320, "--batches", 1, 2, "--answer", 6, "--decoded", 24]
     engines = ("memlong", "window", "off", "authors")
     content = run("throughput.py", tmp_path / "throughput.json", *words, "--engines", *engines)
     rows = by_cell(content)
     workloads = ("prefill", "decode", "document")
-    assert rows.keys() == {(engine, workload, 320, 2) for engine in engines for workload in workloads}
+    assert rows.keys() == {
+        (engine, workload, 320, batch) for engine in engines for workload in workloads for batch in (1, 2)
+    }
     assert "one sequence" in rows["authors", "prefill", 320, 2]["skipped"]
     assert rows["authors", "document", 320, 2]["skipped"]
     assert rows["off", "prefill", 320, 2]["counters"]["searches"] == 0
@@ -71,32 +75,13 @@ def test_throughput_runs(model: Path, tmp_path: Path) -> None:
     assert decode["known_prompt_tokens"] > 0
     assert decode["counters"]["embedded_texts"] > 0
     assert rows["memlong", "document", 320, 2]["known_prompt_percent"] > 50
-    assert set(content["engines"]) == {"memlong", "window", "off"}
-    assert {row["setup"] for row in rows.values() if "skipped" not in row} == {0}
-    assert "MemLong / window" in write_report([tmp_path / "throughput.json"], tmp_path / "report.md")[0].read_text()
-
-
-def test_the_authors_loop_runs(checkpoints: Any, tmp_path: Path) -> None:
-    """Of one sequence: an embedding for every token that is answered. The checkpoint's maps of memory are left out."""
-    model = checkpoints.memlong(memory_adapter="linear", memory_adapter_width=2)
-    words = [
-        "--model",
-        model,
-        *TINY,
-        "--lengths",
-        320,
-        "--batches",
-        1,
-        "--answer",
-        6,
-        "--engines",
-        "memlong",
-        "authors",
-    ]
-    rows = by_cell(run("throughput.py", tmp_path / "authors.json", *words, "--workloads", "prefill"))
+    # The authors embed for every token that is answered.
     assert rows["authors", "prefill", 320, 1]["tokens_per_s"] > 0
     texts = {engine: rows[engine, "prefill", 320, 1]["counters"]["embedded_texts"] for engine in ("memlong", "authors")}
     assert texts["authors"] >= texts["memlong"] + 4
+    assert set(content["engines"]) == set(engines)
+    assert {row["setup"] for row in rows.values() if "skipped" not in row} == {0}
+    assert "MemLong / window" in write_report([tmp_path / "throughput.json"], tmp_path / "report.md")[0].read_text()
 
 
 @pytest.mark.slow
@@ -152,9 +137,9 @@ def measures_of(content: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 def test_latency_is_measured(model: Path, tmp_path: Path) -> None:
-    words = ["--model", model, *TINY, *SHORT, "--batches", 2, "--engines", "memlong", "full"]
+    words = ["--model", model, *TINY, *SHORT, "--batches", 2, "--engines", "memlong"]
     content = run("latency.py", tmp_path / "latency.json", *words)
-    assert measures_of(content) == {("memlong", "burst"), ("full", "burst")}
+    assert measures_of(content) == {("memlong", "burst")}
     for row in content["rows"]:
         assert 0 < row["ttft_p50_s"] <= row["ttft_max_s"] < row["total_s"]
         assert 0 < row["itl_p50_ms"] <= row["itl_p99_ms"] <= row["itl_max_ms"]
