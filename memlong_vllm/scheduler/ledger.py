@@ -132,6 +132,8 @@ class Ledger:
         handle, size = self._handles[request_id], self.config.chunk_size
         if num_tokens <= 0:
             return 0
+        if num_tokens == 1 and handle.borrow is None:  # As below, in half the time: most steps of most sequences.
+            return 0 if handle.position // size in handle.writing else 1
         first, last = handle.position // size, (handle.position + num_tokens - 1) // size
         own = last - first + (first not in handle.writing)  # Only the first can have been begun.
         if handle.borrow is None:
@@ -237,11 +239,13 @@ class Ledger:
     def _advance_within_chunk(self, handle: MemoryHandle, request_id: str, position: int) -> Advance:
         """Plan a token of the answer that neither begins nor completes a chunk, and so retrieves
         nothing: most steps of a decoding sequence, of which a step can have very many."""
+        end = position + 1
+        handle.position = end
         slots = (handle.writing[position // self.config.chunk_size].slot,)
-        reads: list[ReadSpan] = []
-        self._add_span(handle, reads, position, position + 1)
-        handle.position = position + 1
-        return Advance(SequencePlan(request_id, position, position + 1, slots, tuple(reads)), [], {})
+        reads: tuple[ReadSpan, ...] = ()
+        if handle.retrieved:
+            reads = (ReadSpan(position, end, handle.retrieved_slots, handle.origin, handle.retrieval_id),)
+        return Advance(SequencePlan(request_id, position, end, slots, reads), [], {})
 
     @staticmethod
     def _add_span(handle: MemoryHandle, reads: list[ReadSpan], start: int, end: int) -> None:
