@@ -32,8 +32,11 @@ def assert_near(output: RequestOutput, reference: Reference, named: Sequence[Nam
     assert difference.mean() < (measured - without).abs().mean() / 10
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [{}, HEAD_100], ids=["head_32", "head_100"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [({}, "bfloat16"), (HEAD_100, "bfloat16"), (HEAD_100, "float16")],
+    ids=["head_32-bfloat16", "head_100-bfloat16", "head_100-float16"],
+)
 @pytest.mark.parametrize("fusion", ["gated", "joint", "scaled_logits"])
 def test_fusions(
     start_engine: Any, checkpoints: Any, tokens: list[int], fusion: str, shape: dict[str, Any], dtype: str

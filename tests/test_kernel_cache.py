@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import memlong_vllm
 
 STORE = """
@@ -19,6 +21,7 @@ print(stats.cache_hits.total(), "from disk,", stats.cache_misses.total(), "compi
 """
 
 
+@pytest.mark.slow
 def test_what_a_kernel_calls_counts(tmp_path: Path) -> None:
     package = tmp_path / "memlong_vllm"
     shutil.copytree(Path(memlong_vllm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
