@@ -76,6 +76,19 @@ def test_many_equal_vectors_go_by_id(copies_at: range) -> None:
     assert ids(build(vectors).search(query, list(range(200)), 8)) == list(copies_at[:8])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_more_near_ties_than_come_with_the_best(seed: int) -> None:
+    """So near that FAISS, which adds up in float32, has them in another order than their exact scores."""
+    generator = np.random.default_rng(seed)
+    noise = (1e-8 * generator.standard_normal((60, 384))).astype(np.float32)
+    noise[:, 0], noise[:, -1] = 0.6, -0.6
+    (query,) = random_units(seed, 1, 384)
+    query[0] = query[-1] = 0.6
+    exact = (noise.astype(np.float64) * query).sum(axis=1)
+    found = build(list(noise)).search(query, list(range(60)), 8)
+    assert ids(found) == np.argsort(-exact)[:8].tolist()
+
+
 @pytest.mark.parametrize(("k", "expected"), [(1, [4]), (2, [4, 1]), (3, [4, 1, 3]), (4, [4, 1, 3, 5])])
 def test_ties_at_the_last_place_go_to_the_lower_id(k: int, expected: list[int]) -> None:
     best, tied = np.array([1, 0, 0], np.float32), np.array([0.6, 0.8, 0], np.float32)
