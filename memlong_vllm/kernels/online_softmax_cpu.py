@@ -20,8 +20,10 @@ def begin(rows, size):
 
 @njit(fastmath=True)
 def weigh(scores, j, first, count, scale, state, row):
-    """Make weights of a row's scores for tokens [first, count) of a part, the others' being 0, and of what the
-    row has attended to so far something that is relative to the same score.
+    """Make weights of a row's scores for tokens [first, count) of a part, and of what the row has attended to so
+    far something that is relative to the same score. The others' are next to nothing, and not 0 (see
+    :mod:`memlong_vllm.kernels.exponentials_cpu`): until a row has attended to something they may even be 1, and are
+    multiplied by 0 once it has.
 
     Args:
         scores: [some, PART] float32, products of query and keys; ``j``: which are the row's.
