@@ -26,7 +26,7 @@ bench: bench-goals ## every benchmark, for hours; one that was stopped goes on
 	  --engines memlong window full fp8 authors --output $(RESULTS)/prefill_long.json
 	$(THROUGHPUT) decode --cells 8192x1 65536x1 --repetitions 1 --limit-s 3600 --kv-gib 4 \
 	  --engines memlong window full fp8 --output $(RESULTS)/decode_long.json
-	$(THROUGHPUT) prefill --without-known --cells 8192x16 --kv-gib 1.125 --step-tokens 512 --answer 512 --repetitions 1 \
+	$(THROUGHPUT) prefill --without-known --cells 8192x16 --kv-gib 1.42 --step-tokens 512 --answer 512 --repetitions 1 \
 	  --limit-s 3600 --engines memlong window full fp8 --output $(RESULTS)/fixed_memory.json
 	$(THROUGHPUT) prefill decode --without-known --compiled --cells 2048x8 --engines memlong window full --repetitions 2 \
 	  --output $(RESULTS)/compiled.json

@@ -39,6 +39,8 @@ def main() -> None:
     parser = command_line.parser(__doc__)
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     arguments = parser.parse_args()
+    if arguments.answer < 2:
+        raise SystemExit("--answer: at least 2, between which there is time")
     cells = command_line.cells_of(arguments, {"burst": arguments.answer}, {"burst": SIZES})
     command_line.run("latency", arguments, cells, measure, answer=arguments.answer)
 

@@ -42,8 +42,9 @@ class DecodingSequences:
         return [(chunk_id, 0.0) for chunk_id in chunk_ids[: self._top_k]]
 
     def step(self) -> tuple[StepPlan, int]:
-        """What :class:`memlong_vllm.scheduler.scheduler.MemLongScheduler` does in a step, but for
-        vLLM's part and the searches. Returns the plan and how many sequences retrieved."""
+        """The ledger's part and the plan's of what :class:`memlong_vllm.scheduler.scheduler.MemLongScheduler`
+        does in a step: neither vLLM's, nor searches, nor the looks for embeddings, which ``own_ms`` of
+        :mod:`retrieval` has as well. Returns the plan and how many sequences retrieved."""
         self._num_searches = 0
         ledger, positions = self._ledger, self._positions
         ledger.free_retired()

@@ -98,8 +98,8 @@ def _memory(name: str) -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """Cores, memory and load. The load includes the benchmark's own; above the number of cores,
-    others were at work."""
+    """Cores, memory and load, of which the benchmark's own is most: the model's threads and the embedder's are
+    more than two cores by themselves."""
     total = _memory("MemTotal")
     return {
         "cores": os.cpu_count(),

@@ -15,6 +15,7 @@ from typing import Any
 
 from accounting_report import accounting_tables
 from cells import Size
+from contenders import TITLES
 from goals import goals, retrieval_costs
 from measurement_file import read_results
 from plots import FIGURES, draw
@@ -89,6 +90,8 @@ def cell(content: dict[str, Any], measure: Measure, engine: str, size: Size, sca
         reason = skip_reason(rows, measure.workload, engine, size)
         if measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1], simultaneous=False):
             reason = f"the requests of {size[0]:,} x {size[1]} never decode all at once"
+        if not reason and any(of(rows, measure, other, size) is not None for other in content["models"]):
+            reason = "was not asked for, or has not had its turn"
         return f"- {footnotes.mark(f'{engine}: {reason}')}" if reason else ""
     text = shown(found, scale)
     mine = measured(rows, workload=measure.workload, engine=engine, length=size[0], batch=size[1])
@@ -135,7 +138,7 @@ def section(content: dict[str, Any], path: Path) -> str:
     if benchmark == "paper_scale":
         parts.append(accounting_tables(content))
     else:
-        titles = [f"- `{name}`: {model['title']}" for name, model in content["models"].items()]
+        titles = [f"- `{name}`: {TITLES.get(name, model['title'])}" for name, model in content["models"].items()]
         parts.append("\n".join(titles) + "\n")
         parts += [text for measure in MEASURES[benchmark] if (text := table(content, measure, footnotes))]
         if benchmark == "retrieval":

@@ -22,7 +22,7 @@ def save_result(output: Path, settings: dict[str, Any], rows: list[dict[str, Any
     result = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "versions": {name: version(name) for name in ("memlong-vllm", "vllm", "torch", "transformers")},
-        # The load includes the benchmark's own; above the number of cores, others were at work.
+        # The load includes the benchmark's own.
         "machine": {"cores": os.cpu_count(), "load_at_the_end": os.getloadavg()},
         "settings": settings,
         "summary": summary,

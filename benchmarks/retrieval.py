@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import command_line
@@ -25,6 +26,7 @@ from token_times import TokenTimes
 
 from memlong_vllm.config import MemLongConfig, MemoryConfig
 from memlong_vllm.demo_model import demo_checkpoint
+from memlong_vllm.evaluation.results import code_digest
 
 WORKLOADS = ("spread", "aligned")
 # Endings of all sequences fit one step, and documents the default cache. Of the second, sets are chosen among many.
@@ -108,7 +110,7 @@ def add_ledger_rows(file: MeasurementFile, memory: MemoryConfig, arguments: argp
         row = {"engine": MEMLONG, **cell, "repetition": repetition}
         if not file.has(row):
             times = ledger_times(memory, cell["batch"], cell["length"], arguments.ledger_steps)
-            file.append([row | times])
+            file.append([row | {"code": code_digest(Path(__file__).parent)} | times])
 
 
 def parse_arguments() -> argparse.Namespace:
