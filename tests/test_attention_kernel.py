@@ -83,35 +83,57 @@ def test_gates_of_zero_leave_the_local_output_as_it_is(measured: dict[str, Any],
 
 
 class Launches:
-    """In the kernel's place: how it would have been compiled, launch by launch."""
+    """In the kernel's place: what it would have been compiled for, launch by launch."""
 
     def __init__(self) -> None:
         self.found: set[tuple[tuple[str, Any], ...]] = set()
+        self._parameters = launcher.retrieval_attention.params
 
     def __getitem__(self, grid: tuple[int, ...]) -> Launches:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.found.add(tuple(sorted(kwargs.items())))
+        given = zip(self._parameters, args, strict=False)
+        self.found.add((*((p.name, self._seen(p, value)) for p, value in given), *sorted(kwargs.items())))
+
+    @staticmethod
+    def _seen(parameter: Any, value: Any) -> Any:
+        """Of an argument, what Triton compiles programs of their own for."""
+        if isinstance(value, torch.Tensor):
+            return value.dtype, parameter.do_not_specialize_on_alignment or value.data_ptr() % 16 == 0
+        if parameter.do_not_specialize or isinstance(value, float):
+            return type(value)
+        return 1 if value == 1 else value % 16 == 0
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, run: Run, kernel: Any, reads: Any) -> set[tuple[tuple[str, Any], ...]]:
+def launched(
+    monkeypatch: pytest.MonkeyPatch, run: Run, kernel: Any, reads: Any, lse: torch.Tensor
+) -> set[tuple[tuple[str, Any], ...]]:
     launches = Launches()
+    bias = run.bias if run.config.memory_bias else None
+    local_lse = None if run.config.fusion == "gated" else lse
     with monkeypatch.context() as patched:
         patched.setattr(launcher, "retrieval_attention", launches)
         for spans, stored in reads:
-            kernel.attend(run.query, run.output, spans, stored, run.cos_sin, run.gate)
+            kernel.attend(run.query, run.output, spans, stored, run.cos_sin, run.gate, bias, local_lse)
     return launches.found
 
 
-@pytest.mark.parametrize("name", ["gated", "gated_gathered", "gated_decode_slots", "gated_decode_slots_split"])
+WARMED_UP = ("gated", "gated_bfloat16", "gated_gathered", "gated_decode_slots", "gated_decode_slots_split")
+WARMED_UP += ("joint_bias", "joint_head100", "joint_adapted", "joint_adapted_gathered", "joint_staged", "scaled")
+
+
+@pytest.mark.parametrize("name", WARMED_UP)
 def test_steps_launch_what_the_warm_up_has_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So no request waits for a compiler."""
     run = Run(kernel_check.CASES[name])
     kernel = run.begin_step()
-    step = launched(monkeypatch, run, kernel, run.memory.stored(1))
+    step = launched(monkeypatch, run, kernel, run.memory.stored(1), run.lse)
     assert step
-    assert step <= launched(monkeypatch, run, kernel, run.memory.nothing_stored(kernel.take_warm_up_spans()))
+    # As the layer does, it has none yet.
+    no_lse = run.query.new_empty((1, run.case.heads.num_heads), dtype=torch.float32)
+    reads = run.memory.nothing_stored(kernel.take_warm_up_spans())
+    assert step <= launched(monkeypatch, run, kernel, reads, no_lse)
     assert kernel.take_warm_up_spans() == ()
 
 
